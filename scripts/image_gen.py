@@ -1,0 +1,2586 @@
+#!/usr/bin/env python3
+"""Make and edit images with OpenAI's GPT Image models.
+
+    image_gen.py generate --prompt "A lighthouse on a basalt cliff" --out lighthouse.png
+    image_gen.py edit --image room.png --mask wall.png --prompt "Paint the wall sage green"
+    image_gen.py generate-batch --input jobs.jsonl --out-dir output/imagegen/batch
+
+Add --dry-run to see what would be sent: it needs no key, no network and no package. Everything
+that can be known beforehand is checked before the first request, for every job; an image that was
+paid for is written before anything else happens to it.
+
+Exit codes: 0 every requested image is on disk (in a dry run: would be valid), 1 at least one image
+is missing, 2 refused before anything was sent, 130 interrupted.
+"""
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["openai>=3.54", "pillow>=11"]
+# ///
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from concurrent.futures import ThreadPoolExecutor
+    from contextlib import ExitStack
+    from io import FileIO
+    from typing import BinaryIO, NoReturn
+
+    from PIL import Image
+
+# The records are named tuples: importing dataclasses alone would double the time of a dry run.
+
+
+# ---------------------------------------------------------------- 1. defaults and limits, as tables
+
+DEFAULT_MODEL = "gpt-image-2"
+DEFAULT_SIZE = "auto"
+DEFAULT_QUALITY = "medium"
+DEFAULT_FORMAT = "png"
+DEFAULT_OUT = "output/imagegen/output"
+DEFAULT_DOWNSCALE_SUFFIX = "-web"
+DEFAULT_CONCURRENCY = 5
+DEFAULT_ATTEMPTS = 3
+DEFAULT_TIMEOUT = 600.0
+DEFAULT_MAX_WAIT = 600.0
+
+MAX_PROMPT_CHARACTERS = 32_000
+MAX_N = 10
+MAX_IMAGES = 16
+MAX_IMAGE_BYTES = 50 * 1024 * 1024
+MAX_MASK_BYTES = 4 * 1024 * 1024  # the SDK's figure; the API may take more, so it is a warning
+MAX_JOBS = 500
+MAX_CONCURRENCY = 25
+MAX_ATTEMPTS = 10
+MAX_NAME_BYTES = 255
+MAX_COPY_PIXELS = 64_000_000  # eight times the largest image the API makes
+
+# Free sizes, from the guide of gpt-image-2 (the SDK's types repeat it for 2.5).
+EDGE_STEP = 16
+MAX_EDGE = 3840
+MAX_ASPECT = 3
+MIN_PIXELS = 655_360
+MAX_PIXELS = 8_294_400
+EXPERIMENTAL_PIXELS = 2560 * 1440
+
+FORMATS = ("png", "jpeg", "webp")
+ALPHA_FORMATS = ("png", "webp")
+COMPRESSED_FORMATS = ("jpeg", "webp")
+SUFFIX_FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+BACKGROUNDS = ("transparent", "opaque", "auto")
+MODERATIONS = ("auto", "low")
+FIDELITIES = ("low", "high")
+SHUT_DOWN_NOTICE_DAYS = 90
+
+
+class ModelFamily(NamedTuple):
+    """What the models of one prefix take; dated snapshots follow their family."""
+
+    prefix: str
+    qualities: tuple[str, ...] = ("low", "medium", "high", "auto")
+    sizes: tuple[str, ...] = ()  # empty: free sizes within the limits above
+    transparent: bool = True
+    fidelities: tuple[str, ...] = ()  # as documented; empty: input_fidelity has to be left out
+    shut_down: str = ""  # ISO date
+    successor: str = ""
+
+
+OLD_SIZES = ("1024x1024", "1536x1024", "1024x1536", "auto")
+NEW_QUALITIES = ("low", "medium", "high", "xhigh", "max", "auto")
+SUCCESSOR = "gpt-image-2.5-flare or gpt-image-2.5-sunburst"
+
+# Newest first: a model that no row knows gets the rules of the first row.
+MODEL_FAMILIES = (
+    ModelFamily("gpt-image-2.6", NEW_QUALITIES),
+    ModelFamily("gpt-image-2.5", NEW_QUALITIES),
+    ModelFamily("gpt-image-2", transparent=False),
+    ModelFamily(
+        "gpt-image-1.5",
+        sizes=OLD_SIZES,
+        fidelities=FIDELITIES,
+        shut_down="2026-12-01",
+        successor=SUCCESSOR,
+    ),
+    ModelFamily(
+        "gpt-image-1-mini",
+        sizes=OLD_SIZES,
+        fidelities=("low",),
+        shut_down="2026-12-01",
+        successor=SUCCESSOR,
+    ),
+    ModelFamily(
+        "gpt-image-1",
+        sizes=OLD_SIZES,
+        fidelities=FIDELITIES,
+        shut_down="2026-10-23",
+        successor=SUCCESSOR,
+    ),
+)
+
+# JSONL key (and flag), label in the prompt, help; the order is that of the prompt.
+PROMPT_SECTIONS = (
+    ("use_case", "Use case: {}", "what the image is for, e.g. product-mockup"),
+    ("prompt", "Primary request: {}", ""),
+    ("scene", "Scene/background: {}", "where it is"),
+    ("subject", "Subject: {}", "who or what it shows"),
+    ("style", "Style/medium: {}", "photo, gouache, line art …"),
+    ("composition", "Composition/framing: {}", "angle, framing, free space"),
+    ("lighting", "Lighting/mood: {}", "light and mood"),
+    ("palette", "Color palette: {}", "colours"),
+    ("materials", "Materials/textures: {}", "surfaces"),
+    ("text", 'Text (verbatim): "{}"', "words to appear in the image, letter by letter"),
+    ("constraints", "Constraints: {}", "what has to hold"),
+    ("negative", "Avoid: {}", "what must not appear"),
+)
+PROMPT_FIELDS = tuple(key for key, _, _ in PROMPT_SECTIONS if key != "prompt")
+
+EXIT_CODES = """\
+exit codes:
+  0    every requested image is on disk (dry run: the request would be valid)
+  1    at least one requested image is missing
+  2    refused before anything was sent
+  130  interrupted"""
+
+
+# ----------------------------------------------------------------------------- 2. expected failures
+
+
+class ImageGenError(Exception):
+    """A failure that is no bug of this program; its text is for the user."""
+
+
+class UsageError(ImageGenError):
+    """What was asked for cannot be done as asked; nothing has been sent."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class Failure(NamedTuple):
+    """Why a job has no image, as it appears under "error" in --json."""
+
+    kind: str
+    message: str
+    code: str | None = None
+    retryable: bool = False
+    maybe_billed: bool = False
+
+
+class JobError(ImageGenError):
+    """One job fails; the others go on."""
+
+    def __init__(self, failure: Failure) -> None:
+        self.failure = failure
+        super().__init__(failure.message)
+
+
+# --------------------------------------------------------------------------------------- 3. records
+
+
+class ImageRequest(NamedTuple):
+    """One request; the fields named in PAYLOAD_KEYS are sent under their own names."""
+
+    title: str  # the prompt as the user wrote it
+    prompt: str  # the prompt as it is sent
+    model: str = DEFAULT_MODEL
+    n: int = 1
+    size: str = DEFAULT_SIZE
+    quality: str = DEFAULT_QUALITY
+    background: str | None = None
+    output_format: str = DEFAULT_FORMAT
+    output_compression: int | None = None
+    moderation: str | None = None
+    input_fidelity: str | None = None
+    image: tuple[str, ...] = ()
+    mask: str | None = None
+
+    @property
+    def endpoint(self) -> str:
+        """The path of the API that serves the request."""
+        return "/v1/images/edits" if self.image else "/v1/images/generations"
+
+    @property
+    def payload(self) -> dict[str, Any]:
+        """The parameters that are sent, without the files."""
+        values = {key: getattr(self, key) for key in PAYLOAD_KEYS}
+        return {key: value for key, value in values.items() if value is not None}
+
+
+NOT_SENT = ("title", "image", "mask")
+PAYLOAD_KEYS = tuple(key for key in ImageRequest._fields if key not in NOT_SENT)
+
+
+class RunOptions(NamedTuple):
+    """How the jobs are run, whatever they ask for."""
+
+    dry_run: bool = False
+    json: bool = False
+    quiet: bool = False
+    force: bool = False
+    skip_existing: bool = False
+    fail_fast: bool = False
+    concurrency: int = DEFAULT_CONCURRENCY
+    max_attempts: int = DEFAULT_ATTEMPTS
+    max_wait: float = DEFAULT_MAX_WAIT
+    timeout: float = DEFAULT_TIMEOUT
+    downscale_max_dim: int | None = None
+    downscale_suffix: str = DEFAULT_DOWNSCALE_SUFFIX
+    contact_sheet: str | None = None
+
+
+class Draft(NamedTuple):
+    """A request and the name it asked for."""
+
+    number: int
+    where: str  # "line 3: " in a batch
+    request: ImageRequest
+    folder: str
+    name: str | None  # None: image_1, image_2 …
+
+
+class Output(NamedTuple):
+    """One image to be written, and its downscaled copy."""
+
+    path: str
+    copy: str | None = None
+    replace: bool = False
+    replace_copy: bool = False
+
+
+class Job(NamedTuple):
+    """A request with its files: all that it stands for, and those that are still missing."""
+
+    number: int
+    where: str
+    request: ImageRequest
+    outputs: tuple[Output, ...]
+    missing: tuple[Output, ...]
+
+
+class Picture(NamedTuple):
+    """What the head and the tail of an image file say."""
+
+    format: str
+    width: int
+    height: int
+    alpha: bool
+    whole: bool
+
+    @property
+    def size(self) -> str:
+        """The size as the API writes it."""
+        return f"{self.width}x{self.height}"
+
+
+class Saved(NamedTuple):
+    """An image on disk."""
+
+    path: str
+    bytes: int
+    width: int
+    height: int
+    format: str
+    alpha: bool
+
+
+class Delivery(NamedTuple):
+    """What has come of a job so far."""
+
+    images: tuple[Saved, ...] = ()
+    copies: tuple[Saved, ...] = ()
+    warnings: tuple[str, ...] = ()
+    attempts: int = 0
+    seconds: float = 0.0
+    request_id: str | None = None
+    usage: dict[str, Any] | None = None
+    size: str | None = None
+    quality: str | None = None
+
+
+class Done(NamedTuple):
+    """All images of the job are on disk."""
+
+    job: Job
+    delivery: Delivery
+
+
+class Failed(NamedTuple):
+    """At least one image of the job is missing; those that came are in the delivery."""
+
+    job: Job
+    delivery: Delivery
+    failure: Failure
+
+
+class Skipped(NamedTuple):
+    """Nothing was sent: the files are there already, or (with a failure) the run had to stop."""
+
+    job: Job
+    delivery: Delivery
+    failure: Failure | None = None
+
+
+# ---------------------------------------------------------------------------------- 4. command line
+# One converter for the flag and the JSONL key of an option: both accept and refuse the same values.
+
+
+def received(value: object) -> str:
+    """Return a value as an error message quotes it: as JSON, and short."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 80 else f"{text[:60]}… ({len(text):,} characters)"
+
+
+def text(value: object) -> str:
+    """Accept a string that can be sent."""
+    if not isinstance(value, str):
+        raise argparse.ArgumentTypeError(f"has to be a string, not {received(value)}")
+    if "\0" in value:
+        raise argparse.ArgumentTypeError(f"must not contain a NUL character: {received(value)}")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise argparse.ArgumentTypeError(
+            "is not valid text (bytes that are not UTF-8, or half a pair)"
+        )
+    return value
+
+
+def words(value: object) -> str:
+    """Accept a string; blanks at its ends do not count."""
+    return text(value).strip()
+
+
+def whole_number(value: object) -> int:
+    """Accept an integer, or digits."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,18}", value):
+        return int(value)
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e18:
+        return int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise argparse.ArgumentTypeError(f"has to be a whole number, not {received(value)}")
+
+
+def seconds(value: str) -> float:
+    """Accept a positive number of seconds."""
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1.0
+    if not 0 < number < 1e9:
+        raise argparse.ArgumentTypeError(f"has to be a positive number of seconds, not {value!r}")
+    return number
+
+
+def image_format(value: object) -> str:
+    """Accept the name of a format in any case; jpg means jpeg."""
+    name = text(value).lower()
+    return "jpeg" if name == "jpg" else name
+
+
+def path(value: object) -> str:
+    """Accept a path, with ~ for the home directory."""
+    if not text(value):
+        raise argparse.ArgumentTypeError("is empty; give a path")
+    return os.path.expanduser(text(value))
+
+
+def paths(value: object) -> tuple[str, ...]:
+    """Accept a path or a list of them."""
+    return tuple(path(item) for item in (value if isinstance(value, list) else [value]))
+
+
+def file_name(value: object) -> str:
+    """Accept a file name; the directories in it are dropped."""
+    name = os.path.basename(text(value).rstrip("/"))
+    if name.strip(" ") in ("", ".", ".."):
+        raise argparse.ArgumentTypeError(f"has to be a file name, not {received(value)}")
+    return name
+
+
+def elsewhere(explanation: str) -> Callable[[str], NoReturn]:
+    """Make the converter of a flag that this subcommand does not have."""
+
+    def refuse(_value: str) -> NoReturn:
+        raise argparse.ArgumentTypeError(explanation)
+
+    return refuse
+
+
+class RequestOption(NamedTuple):
+    """A parameter of a request: --its-flag and its JSONL key."""
+
+    key: str
+    convert: Callable[[object], Any]
+    metavar: str
+    help: str
+
+
+REQUEST_OPTIONS = (
+    RequestOption("model", text, "MODEL", f"a GPT Image model (default: {DEFAULT_MODEL})"),
+    RequestOption("n", whole_number, "N", f"variants of the image, 1-{MAX_N} (default: 1)"),
+    RequestOption(
+        "size",
+        text,
+        "WxH",
+        f"auto, or edges that are multiples of {EDGE_STEP} up to {MAX_EDGE}; gpt-image-1* has "
+        f"{', '.join(OLD_SIZES[:-1])} (default: {DEFAULT_SIZE})",
+    ),
+    RequestOption(
+        "quality",
+        text,
+        "QUALITY",
+        f"low, medium, high, auto; xhigh and max from 2.5 on (default: {DEFAULT_QUALITY})",
+    ),
+    RequestOption(
+        "background",
+        text,
+        "BACKGROUND",
+        "transparent, opaque or auto; gpt-image-2 has no transparent (default: not sent)",
+    ),
+    RequestOption(
+        "output_format",
+        image_format,
+        "FORMAT",
+        f"png, jpeg (jpg) or webp (default: the suffix of the name, else {DEFAULT_FORMAT})",
+    ),
+    RequestOption(
+        "output_compression", whole_number, "0-100", "jpeg and webp only (default: not sent)"
+    ),
+    RequestOption("moderation", text, "LEVEL", "auto or low (default: not sent)"),
+)
+EDIT_OPTIONS = (
+    RequestOption("image", paths, "FILE", f"an input image; up to {MAX_IMAGES}, the order is kept"),
+    RequestOption(
+        "mask", path, "FILE", "a PNG with alpha: where it is 0, the first image is edited"
+    ),
+    RequestOption(
+        "input_fidelity",
+        text,
+        "LEVEL",
+        "low or high; gpt-image-1* only, newer models always use high",
+    ),
+)
+JOB_OPTIONS = {option.key: option for option in (*REQUEST_OPTIONS, *EDIT_OPTIONS)}
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help of one width; asking the terminal for its own costs every run an import of shutil."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28, width=100)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints end like every other refusal."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of leaving the process."""
+        if "expected one argument" in message:
+            message += "; a value that begins with a dash is given as --flag=VALUE"
+        raise UsageError([f"{message} ({self.prog} --help lists what is accepted)"])
+
+
+def flag(key: str) -> str:
+    """Return the flag of a JSONL key."""
+    return "--" + key.replace("_", "-")
+
+
+def add_option(group: argparse._ArgumentGroup, option: RequestOption) -> None:
+    """Add the flag of a request's parameter."""
+    group.add_argument(
+        flag(option.key), type=option.convert, metavar=option.metavar, help=option.help
+    )
+
+
+def add_prompt_options(parser: Parser) -> None:
+    """Add the prompt itself."""
+    group = parser.add_argument_group("prompt")
+    group.add_argument("--prompt", type=text, metavar="TEXT", help="what to make")
+    group.add_argument(
+        "--prompt-file", type=path, metavar="FILE", help="read the prompt from a file, - for stdin"
+    )
+
+
+def add_prompt_fields(parser: Parser) -> None:
+    """Add the labelled lines of the prompt."""
+    group = parser.add_argument_group(
+        "prompt fields", "each adds a labelled line to the prompt that is sent"
+    )
+    for key, _, explanation in PROMPT_SECTIONS:
+        if key in PROMPT_FIELDS:
+            group.add_argument(flag(key), type=words, metavar="TEXT", help=explanation)
+    group.add_argument(
+        "--augment",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="send the labelled lines; --no-augment sends the prompt alone (default: --augment)",
+    )
+
+
+def add_request_options(parser: Parser) -> None:
+    """Add what every request can say about its images."""
+    group = parser.add_argument_group("image")
+    for option in REQUEST_OPTIONS:
+        add_option(group, option)
+
+
+def add_edit_options(parser: Parser) -> None:
+    """Add the inputs of an edit."""
+    group = parser.add_argument_group("input images")
+    for option in EDIT_OPTIONS:
+        if option.key == "image":
+            group.add_argument(
+                "--image",
+                type=path,
+                action="append",
+                required=True,
+                metavar=option.metavar,
+                help=option.help,
+            )
+        else:
+            add_option(group, option)
+
+
+def add_output_options(parser: Parser, *, batch: bool) -> argparse._ArgumentGroup:
+    """Add where the images go."""
+    group = parser.add_argument_group("output")
+    if not batch:
+        group.add_argument(
+            "--out",
+            type=path,
+            metavar="PATH",
+            help=f"file, or folder if it ends with / or exists (default: {DEFAULT_OUT}.<format>)",
+        )
+    group.add_argument(
+        "--out-dir",
+        type=path,
+        metavar="DIR",
+        required=batch,
+        help="folder for all images"
+        if batch
+        else "folder for image_1.<format>, image_2.<format> …",
+    )
+    group.add_argument(
+        "--downscale-max-dim",
+        type=whole_number,
+        metavar="PIXELS",
+        help="also write a copy whose longer edge is at most this",
+    )
+    group.add_argument(
+        "--downscale-suffix",
+        type=text,
+        metavar="SUFFIX",
+        default=DEFAULT_DOWNSCALE_SUFFIX,
+        help=f"what the copy's name adds (default: {DEFAULT_DOWNSCALE_SUFFIX})",
+    )
+    existing = group.add_mutually_exclusive_group()
+    existing.add_argument("--force", action="store_true", help="replace files that exist")
+    existing.add_argument(
+        "--skip-existing",
+        action="store_true",
+        help="ask only for images that are not there yet: the same command resumes a run",
+    )
+    return group
+
+
+def add_batch_options(parser: Parser) -> None:
+    """Add what only a batch has."""
+    group = parser.add_argument_group("batch")
+    group.add_argument(
+        "--input",
+        type=path,
+        metavar="FILE",
+        required=True,
+        help=f"JSONL, one job a line, at most {MAX_JOBS}: an object, a string or plain text",
+    )
+    group.add_argument(
+        "--concurrency",
+        type=whole_number,
+        metavar="N",
+        default=DEFAULT_CONCURRENCY,
+        help=f"requests in flight, 1-{MAX_CONCURRENCY} (default: {DEFAULT_CONCURRENCY})",
+    )
+    group.add_argument(
+        "--fail-fast", action="store_true", help="send nothing more after the first failed job"
+    )
+    for name, explanation in (
+        ("--prompt", "is no option of generate-batch: write each prompt as a line of --input"),
+        (
+            "--prompt-file",
+            "is no option of generate-batch: give that file as --input, a prompt a line",
+        ),
+        (
+            "--out",
+            'is no option of generate-batch: give --out-dir, and "out" in a job for its name',
+        ),
+    ):
+        parser.add_argument(name, type=elsewhere(explanation), help=argparse.SUPPRESS)
+
+
+def add_run_options(parser: Parser) -> None:
+    """Add how the run behaves."""
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--dry-run", action="store_true", help="print what would be sent, and send nothing"
+    )
+    group.add_argument(
+        "--json", action="store_true", help="one JSON object a line on stdout for each job"
+    )
+    group.add_argument("--quiet", action="store_true", help="errors only on stderr")
+    group.add_argument(
+        "--max-attempts",
+        type=whole_number,
+        metavar="N",
+        default=DEFAULT_ATTEMPTS,
+        help=f"requests for a job when the network or the server fails, 1-{MAX_ATTEMPTS} "
+        f"(default: {DEFAULT_ATTEMPTS})",
+    )
+    group.add_argument(
+        "--timeout",
+        type=seconds,
+        metavar="SECONDS",
+        default=DEFAULT_TIMEOUT,
+        help=f"for one request (default: {DEFAULT_TIMEOUT:.0f})",
+    )
+    group.add_argument(
+        "--max-wait",
+        type=seconds,
+        metavar="SECONDS",
+        default=DEFAULT_MAX_WAIT,
+        help=f"a job waits this long for the rate limit (default: {DEFAULT_MAX_WAIT:.0f})",
+    )
+
+
+EXAMPLES = {
+    "generate": '{} generate --prompt "A red kite over dunes" --size 1536x1024 --out kite.png',
+    "edit": '{} edit --image room.png --prompt "Only paint the wall sage green" --out green.png',
+    "generate-batch": "{} generate-batch --input jobs.jsonl --out-dir kites --concurrency 10",
+}
+
+
+def build_parser() -> Parser:
+    """Build the three subcommands from the same groups."""
+    parser = Parser(
+        description="Make and edit images with OpenAI's GPT Image models.",
+        epilog=EXIT_CODES,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command, explanation in (
+        ("generate", "make an image from a prompt"),
+        ("edit", "change or combine images"),
+        ("generate-batch", "run many jobs from a JSONL file"),
+    ):
+        sub = commands.add_parser(
+            command,
+            help=explanation,
+            description=explanation[0].upper() + explanation[1:] + ".",
+            epilog=f"example:\n  {EXAMPLES[command].format(parser.prog)}\n\n{EXIT_CODES}",
+            formatter_class=HelpFormatter,
+            allow_abbrev=False,
+        )
+        batch = command == "generate-batch"
+        if batch:
+            add_batch_options(sub)
+        else:
+            add_prompt_options(sub)
+        if command == "edit":
+            add_edit_options(sub)
+        add_request_options(sub)
+        add_prompt_fields(sub)
+        output = add_output_options(sub, batch=batch)
+        if batch:
+            output.add_argument(
+                "--contact-sheet",
+                type=path,
+                metavar="FILE",
+                help="also write one image of labelled thumbnails of the whole batch",
+            )
+        add_run_options(sub)
+    return parser
+
+
+def run_options(arguments: Mapping[str, Any]) -> RunOptions:
+    """Pick what concerns the run out of the parsed command line."""
+    return RunOptions(**{key: arguments[key] for key in RunOptions._fields if key in arguments})
+
+
+# -------------------------------------------------------------------------------------- 5. requests
+
+
+def compose_prompt(prompt: str, fields: Mapping[str, str], *, augment: bool) -> str:
+    """Return the prompt as it is sent: one labelled line for each given field."""
+    if not augment:
+        return prompt
+    values = {**fields, "prompt": prompt}
+    return "\n".join(
+        label.format(values[key])
+        for key, label, _ in PROMPT_SECTIONS
+        if key == "prompt" or values.get(key)
+    )
+
+
+def name_format(name: str | None) -> str | None:
+    """Return the image format that a file name promises."""
+    return SUFFIX_FORMATS.get(os.path.splitext(name or "")[1].lower())
+
+
+def request_from_options(values: Mapping[str, Any], name: str | None) -> ImageRequest:
+    """Build the request of a job from flags and keys, by key; None means not given."""
+    given = {key: values[key] for key in JOB_OPTIONS if values.get(key) is not None}
+    given.setdefault("output_format", name_format(name) or DEFAULT_FORMAT)
+    fields = {key: values[key] for key in PROMPT_FIELDS if values.get(key)}
+    title = (values.get("prompt") or "").strip()
+    prompt = compose_prompt(title, fields, augment=values["augment"])
+    return ImageRequest(title=title, prompt=prompt, **given)
+
+
+def read_file(name: str, what: str) -> bytes:
+    """Read a whole input file; - is standard input."""
+    try:
+        if name == "-":
+            return sys.stdin.buffer.read()
+        with open(name, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise UsageError([f"{what} {name} cannot be read: {error.strerror or error}"]) from None
+
+
+def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
+    """Return the prompt of a single command."""
+    if prompt is not None and prompt_file is not None:
+        raise UsageError(["--prompt and --prompt-file are both given; give one of them"])
+    if prompt_file is None:
+        if prompt is None:
+            raise UsageError(["no prompt: give --prompt TEXT or --prompt-file FILE (- for stdin)"])
+        return prompt
+    try:
+        content = read_file(prompt_file, "--prompt-file").decode("utf-8-sig")
+        return text(content.replace("\r\n", "\n").replace("\r", "\n"))
+    except UnicodeDecodeError as error:
+        raise UsageError([f"--prompt-file {prompt_file} is not UTF-8: {error.reason}"]) from None
+    except argparse.ArgumentTypeError as error:
+        raise UsageError([f"--prompt-file {prompt_file} {error}"]) from None
+
+
+def single_draft(values: dict[str, Any]) -> Draft:
+    """Read the one job of generate or edit."""
+    out, out_dir = values["out"], values["out_dir"]
+    if out_dir is None and out is not None and (out.endswith(os.sep) or os.path.isdir(out)):
+        out_dir = out
+    folder, name = (out_dir, None) if out_dir else os.path.split(out or DEFAULT_OUT)
+    values["prompt"] = read_prompt(values["prompt"], values["prompt_file"])
+    return Draft(1, "", request_from_options(values, name), folder, name)
+
+
+def no_constant(name: str) -> NoReturn:
+    """Refuse NaN and the infinities, which JSON does not have."""
+    raise ValueError(f"{name} is no JSON value")
+
+
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse an object that gives one key twice: which of the two was meant?"""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {received(twice)} is given twice")
+    return found
+
+
+def parse_job_line(line: str) -> dict[str, Any]:
+    """Return the keys of one job: an object, a JSON string, or plain text as its prompt."""
+    try:
+        job = json.loads(line, parse_constant=no_constant, object_pairs_hook=no_duplicates)
+    except RecursionError:
+        raise ImageGenError("is nested too deeply") from None
+    except ValueError as error:
+        if line.startswith("{"):
+            raise ImageGenError(f"is not valid JSON: {error}") from None
+        job = line
+    if isinstance(job, str):
+        return {"prompt": job}
+    if isinstance(job, dict):
+        return job
+    raise ImageGenError(f"has to be an object, a string or plain text, not {received(job)}")
+
+
+def known_key(key: str, known: Iterable[str]) -> None:
+    """Refuse a key that nobody reads, with the one that was probably meant."""
+    known = sorted(known)
+    if key not in known:
+        from difflib import get_close_matches
+
+        close = get_close_matches(key.lower().replace("-", "_"), known, n=1, cutoff=0.6)
+        hint = f"did you mean {received(close[0])}?" if close else f"known are {', '.join(known)}"
+        raise ImageGenError(f"unknown key {received(key)}; {hint}")
+
+
+def convert_job(job: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the given keys of a job, converted as the flags are; or an ImageGenError to report."""
+    fields = job.get("fields")
+    if fields is not None and not isinstance(fields, dict):
+        yield "", ImageGenError(f'"fields" has to be an object, not {received(fields)}')
+        fields = None
+    converters: dict[str, Callable[[object], Any]] = {
+        **{key: option.convert for key, option in JOB_OPTIONS.items()},
+        **dict.fromkeys(PROMPT_FIELDS, words),
+        "prompt": words,
+        "out": file_name,
+    }
+    nested = [(key, value, PROMPT_FIELDS) for key, value in (fields or {}).items()]
+    flat = [(key, value, (*converters, "fields")) for key, value in job.items()]
+    for key, value, known in (*nested, *flat):
+        try:
+            known_key(key, known)
+            if value is not None and key != "fields":
+                yield key, converters[key](value)
+        except (argparse.ArgumentTypeError, ImageGenError) as error:
+            named = isinstance(error, ImageGenError)
+            yield "", ImageGenError(str(error) if named else f"{received(key)} {error}")
+
+
+def slugify(title: str) -> str:
+    """Make a file name of a prompt."""
+    slug = re.sub(r"[^a-z0-9]+", "-", title[:80].lower()).strip("-")
+    return slug[:60].strip("-") or "job"
+
+
+def job_lines(content: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield the number and the content of each line that holds a job."""
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        stripped = line.strip()
+        if stripped and not stripped.startswith(b"#"):
+            yield number, stripped
+
+
+def read_jobs(values: dict[str, Any]) -> tuple[list[Draft], list[str]]:
+    """Read the jobs of a batch, and what is wrong with the lines that are none."""
+    if values["input"] == "-":
+        raise UsageError(["--input - is not supported: write the jobs to a file"])
+    lines = list(job_lines(read_file(values["input"], "--input")))
+    if not lines:
+        raise UsageError([f"--input {values['input']} holds no job; write one a line"])
+    if len(lines) > MAX_JOBS:
+        raise UsageError(
+            [
+                f"--input {values['input']} holds {len(lines):,} jobs; accepted are {MAX_JOBS}"
+            ]
+        )
+    drafts, problems = [], []
+    for number, (line_number, line) in enumerate(lines, start=1):
+        where = f"line {line_number}: "
+        try:
+            keys = list(convert_job(parse_job_line(line.decode().strip())))
+        except UnicodeDecodeError as error:
+            keys = [("", ImageGenError(f"is not UTF-8 ({error.reason} at byte {error.start})"))]
+        except ImageGenError as error:
+            keys = [("", error)]
+        errors = [where + str(value) for key, value in keys if not key]
+        job = {key: value for key, value in keys if key}
+        if "prompt" not in job and not errors:
+            errors.append(f'{where}"prompt" is missing')
+        problems += errors
+        if not errors:
+            request = request_from_options({**values, **job}, job.get("out"))
+            name = job.get("out") or f"{number:03d}-{slugify(request.title)}"
+            drafts.append(Draft(number, where, request, values["out_dir"], name))
+    return drafts, problems
+
+
+# ------------------------------------------------------------------------------- 6. plan of outputs
+
+
+def downscaled_path(original: str, suffix: str) -> str:
+    """Return the path of the downscaled copy of an image."""
+    stem, extension = os.path.splitext(original)
+    return stem + (suffix if suffix[:1] in ("-", "_") else f"-{suffix}") + extension
+
+
+def plan_names(draft: Draft) -> Iterator[str]:
+    """Yield the paths of a job's images."""
+    request, name = draft.request, draft.name
+    stem, extension = os.path.splitext(name or "")
+    if name_format(name) is None:
+        stem, extension = name or "", f".{request.output_format}"
+    for variant in range(1, request.n + 1):
+        if name is None:
+            number = f"image_{variant}"
+        else:
+            number = stem if request.n == 1 else f"{stem}-{variant}"
+        yield os.path.join(draft.folder, number + extension)
+
+
+def plan_outputs(draft: Draft, options: RunOptions) -> Job:
+    """Say which files a job makes. Looks at the disk for --skip-existing only; creates nothing."""
+    outputs = []
+    missing = []
+    names = plan_names(draft) if 1 <= draft.request.n <= MAX_N else iter(())
+    for name in names:
+        copy = None
+        if options.downscale_max_dim is not None:
+            copy = downscaled_path(name, options.downscale_suffix)
+        output = Output(name, copy, options.force, options.force or options.skip_existing)
+        if not (options.skip_existing and os.path.isfile(name)):
+            missing.append(output)
+        elif (picture := probe_file(name)) is None or not picture.whole:
+            output = output._replace(replace=True)
+            missing.append(output)
+        outputs.append(output)
+    request = draft.request
+    if options.skip_existing:
+        request = request._replace(n=len(missing))
+    return Job(draft.number, draft.where, request, tuple(outputs), tuple(missing))
+
+
+# ------------------------------------------------------------------- image files by their own bytes
+# Not with Pillow: a dry run judges masks and inputs too, and needs no package.
+
+
+def probe(file: BinaryIO) -> Picture | None:
+    """Read format, size, alpha and wholeness of an image; None if it is none that the API takes."""
+    head = file.read(30)
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 12))
+    tail = file.read()
+    if head.startswith(b"\x89PNG\r\n\x1a\n") and head[12:16] == b"IHDR":
+        width, height = big_endian(head[16:20]), big_endian(head[20:24])
+        alpha = head[25] in (4, 6) or png_has_transparency_chunk(file)
+        return Picture("png", width, height, alpha, tail[4:] == b"IEND\xaeB`\x82")
+    if head.startswith(b"\xff\xd8\xff"):
+        width, height = jpeg_size(file)
+        return Picture(
+            "jpeg", width, height, alpha=False, whole=tail.rstrip(b"\0").endswith(b"\xff\xd9")
+        )
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        width, height, alpha = webp_size(head.ljust(30, b"\0"))
+        return Picture("webp", width, height, alpha, size >= little_endian(head[4:8]) + 8)
+    return None
+
+
+def probe_file(name: str) -> Picture | None:
+    """Probe a file on disk."""
+    try:
+        with open(name, "rb") as file:
+            return probe(file)
+    except OSError:
+        return None
+
+
+def big_endian(data: bytes) -> int:
+    """Read a number of PNG or JPEG."""
+    return int.from_bytes(data, "big")
+
+
+def little_endian(data: bytes) -> int:
+    """Read a number of WebP."""
+    return int.from_bytes(data, "little")
+
+
+def png_has_transparency_chunk(file: BinaryIO) -> bool:
+    """Look for tRNS, which stands before the first IDAT (PNG specification, 11.3.2)."""
+    file.seek(8)
+    while len(chunk := file.read(8)) == 8 and chunk[4:] not in (b"IDAT", b"IEND"):
+        if chunk[4:] == b"tRNS":
+            return True
+        file.seek(big_endian(chunk[:4]) + 4, os.SEEK_CUR)
+    return False
+
+
+def jpeg_size(file: BinaryIO) -> tuple[int, int]:
+    """Read the frame header, SOF0 to SOF15 without DHT, JPG and DAC (ITU T.81, B.1.1.3)."""
+    file.seek(2)
+    while len(segment := file.read(4)) == 4 and segment[0] == 0xFF:
+        if segment[1] in range(0xC0, 0xD0) and segment[1] not in (0xC4, 0xC8, 0xCC):
+            frame = file.read(5)
+            return big_endian(frame[3:5]), big_endian(frame[1:3])
+        file.seek(big_endian(segment[2:]) - 2, os.SEEK_CUR)
+    return 0, 0
+
+
+def webp_size(head: bytes) -> tuple[int, int, bool]:
+    """Read width, height and alpha of the three kinds of WebP (RFC 9649, section 2)."""
+    if head[12:16] == b"VP8X":
+        return (
+            little_endian(head[24:27]) + 1,
+            little_endian(head[27:30]) + 1,
+            bool(head[20] & 0x10),
+        )
+    if head[12:16] == b"VP8L":
+        bits = little_endian(head[21:25])
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1, bool(bits >> 28 & 1)
+    return little_endian(head[26:28]) & 0x3FFF, little_endian(head[28:30]) & 0x3FFF, False
+
+
+# ------------------------------------------------------------------------------------- 7. preflight
+# Generators of findings: a fatal one is reported with all the others, before any request.
+
+
+class Finding(NamedTuple):
+    """Something to tell before a request: a problem, or (not fatal) a warning."""
+
+    text: str
+    fatal: bool = True
+
+
+def listing(values: Sequence[str]) -> str:
+    """Return values as a sentence lists them."""
+    return ", ".join(values)
+
+
+def model_family(model: str) -> ModelFamily | None:
+    """Return the row of a model: its name, or its name with a dash and more."""
+    for family in MODEL_FAMILIES:
+        if f"{model}-".startswith(f"{family.prefix}-"):
+            return family
+    return None
+
+
+def check_model(request: ImageRequest) -> Iterator[Finding]:
+    """Check the name of the model, and warn of its end."""
+    if not re.fullmatch(r"gpt-image-[0-9A-Za-z][0-9A-Za-z._:-]*", request.model):
+        yield Finding(
+            f"model {received(request.model)} is no GPT Image model; "
+            f"use one whose name begins with gpt-image-, e.g. {DEFAULT_MODEL}"
+        )
+        return
+    family = model_family(request.model)
+    if family is None:
+        yield Finding(
+            f"model {request.model} is not known here; it is checked by the rules of "
+            f"{MODEL_FAMILIES[0].prefix}, and the API decides",
+            fatal=False,
+        )
+    elif family.shut_down:
+        from datetime import UTC, date, datetime
+
+        days = (date.fromisoformat(family.shut_down) - datetime.now(UTC).date()).days
+        if days < SHUT_DOWN_NOTICE_DAYS:
+            ends = "was shut down on" if days < 0 else "shuts down on"
+            yield Finding(
+                f"model {request.model} {ends} {family.shut_down}; use {family.successor}",
+                fatal=False,
+            )
+
+
+def check_size(request: ImageRequest, family: ModelFamily) -> Iterator[Finding]:
+    """Check the size against the list of the family, or against the rules of free sizes."""
+    size = request.size
+    if family.sizes:
+        if size not in family.sizes:
+            yield Finding(
+                f"size {received(size)}: {request.model} makes {listing(family.sizes)} only"
+            )
+        return
+    if size == "auto":
+        return
+    match = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", size)
+    if not match:
+        yield Finding(f"size {received(size)} has to be auto or WIDTHxHEIGHT, e.g. 1536x1024")
+        return
+    width, height = int(match[1]), int(match[2])
+    if width % EDGE_STEP or height % EDGE_STEP:
+        near = "x".join(
+            str(max(1, round(edge / EDGE_STEP)) * EDGE_STEP) for edge in (width, height)
+        )
+        yield Finding(f"size {size}: both edges have to be multiples of {EDGE_STEP}, e.g. {near}")
+    if max(width, height) > MAX_EDGE:
+        yield Finding(f"size {size}: the longer edge can be at most {MAX_EDGE}")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        yield Finding(f"size {size}: the longer edge can be at most {MAX_ASPECT} times the shorter")
+    if not MIN_PIXELS <= width * height <= MAX_PIXELS:
+        yield Finding(
+            f"size {size} has {width * height:,} pixels; accepted are "
+            f"{MIN_PIXELS:,} to {MAX_PIXELS:,}"
+        )
+    elif width * height > EXPERIMENTAL_PIXELS:
+        yield Finding(f"size {size}: above 2560x1440 pixels the API is experimental", fatal=False)
+
+
+def check_transparency(request: ImageRequest, family: ModelFamily) -> Iterator[Finding]:
+    """Check that model and format can carry a transparent background."""
+    if request.background != "transparent":
+        return
+    if not family.transparent:
+        able = [row.prefix for row in MODEL_FAMILIES if row.transparent and not row.shut_down]
+        yield Finding(
+            f"background transparent is not supported by {request.model}; use --model "
+            f"{SUCCESSOR} (families with it: {listing(able)}; gpt-image-1.5 until 2026-12-01), or "
+            "ask for a flat key colour and cut it out with remove_chroma_key.py"
+        )
+    if request.output_format not in ALPHA_FORMATS:
+        yield Finding(
+            f"background transparent needs output_format {' or '.join(ALPHA_FORMATS)}, "
+            f"not {request.output_format}"
+        )
+
+
+def check_fidelity(request: ImageRequest, family: ModelFamily) -> Iterator[Finding]:
+    """Check input_fidelity, which the newer families do not have."""
+    fidelity = request.input_fidelity
+    if fidelity is None:
+        return
+    if not request.image:
+        yield Finding("input_fidelity is for edits: give an image with it")
+    if fidelity not in FIDELITIES:
+        yield Finding(f"input_fidelity {received(fidelity)}: accepted are {listing(FIDELITIES)}")
+    elif not family.fidelities:
+        yield Finding(f"input_fidelity: leave it out, {request.model} always uses high fidelity")
+    elif fidelity not in family.fidelities:
+        yield Finding(
+            f"input_fidelity {fidelity}: {listing(family.fidelities)} is documented for "
+            f"{request.model}; it is sent as it is",
+            fatal=False,
+        )
+
+
+def check_request(request: ImageRequest) -> Iterator[Finding]:
+    """Check all that can be judged from the request alone."""
+    if not request.title:
+        yield Finding("the prompt is empty")
+    if len(request.prompt) > MAX_PROMPT_CHARACTERS:
+        yield Finding(
+            f"the prompt has {len(request.prompt):,} characters with its labelled lines; "
+            f"at most {MAX_PROMPT_CHARACTERS:,} are accepted"
+        )
+    yield from check_model(request)
+    family = model_family(request.model) or MODEL_FAMILIES[0]
+    for key, value, accepted in (
+        ("quality", request.quality, family.qualities),
+        ("background", request.background, BACKGROUNDS),
+        ("output_format", request.output_format, FORMATS),
+        ("moderation", request.moderation, MODERATIONS),
+    ):
+        if value is not None and value not in accepted:
+            yield Finding(f"{key} {received(value)}: {request.model} accepts {listing(accepted)}")
+    yield from check_size(request, family)
+    yield from check_transparency(request, family)
+    yield from check_fidelity(request, family)
+    compression = request.output_compression
+    if compression is not None and not 0 <= compression <= 100:
+        yield Finding(f"output_compression {compression}: accepted are 0 to 100")
+    if compression is not None and request.output_format not in COMPRESSED_FORMATS:
+        yield Finding(
+            f"output_compression is for {' and '.join(COMPRESSED_FORMATS)}, "
+            f"not for {request.output_format}: leave it out or change output_format"
+        )
+
+
+def check_draft(draft: Draft) -> Iterator[Finding]:
+    """Check a request, before its n becomes a number of files, and the name it asked for."""
+    request = draft.request
+    yield from check_request(request)
+    if not 1 <= request.n <= MAX_N:
+        yield Finding(f"n {request.n}: accepted are 1 to {MAX_N}")
+    promised, wanted = name_format(draft.name), request.output_format
+    if promised not in (None, wanted) and wanted in FORMATS:
+        stem = os.path.splitext(draft.name or "")[0]
+        yield Finding(
+            f"the name {draft.name} says {promised}, output_format says {wanted}: "
+            f"call it {stem}.{wanted}, or ask for output_format {promised}"
+        )
+
+
+class InputFile(NamedTuple):
+    """What preflight learns of an input file."""
+
+    problem: str | None
+    bytes: int = 0
+    picture: Picture | None = None
+
+
+def inspect_input(name: str) -> InputFile:
+    """Look at an input image or mask."""
+    try:
+        size = os.path.getsize(name)
+        if not os.path.isfile(name):
+            return InputFile("is a folder" if os.path.isdir(name) else "is no regular file")
+        with open(name, "rb") as file:
+            picture = probe(file)
+    except OSError as error:
+        return InputFile(f"cannot be read: {error.strerror or error}")
+    if size >= MAX_IMAGE_BYTES:
+        return InputFile(f"has {size:,} bytes; it has to be smaller than {MAX_IMAGE_BYTES:,}")
+    if picture is None:
+        return InputFile("is no PNG, JPEG or WebP file by its first bytes")
+    if not picture.whole:
+        return InputFile(f"is cut off: the {picture.format} file has no end")
+    return InputFile(None, size, picture)
+
+
+def check_inputs(request: ImageRequest, inspect: Callable[[str], InputFile]) -> Iterator[Finding]:
+    """Check the input images and the mask."""
+    if len(request.image) > MAX_IMAGES:
+        yield Finding(f"{len(request.image)} input images; at most {MAX_IMAGES} are accepted")
+    for name in request.image:
+        if problem := inspect(name).problem:
+            yield Finding(f"image {name} {problem}")
+    if request.mask is not None:
+        yield from check_mask(request, request.mask, inspect)
+
+
+def check_mask(
+    request: ImageRequest, name: str, inspect: Callable[[str], InputFile]
+) -> Iterator[Finding]:
+    """Check the mask, which belongs to the first image."""
+    if not request.image:
+        yield Finding("mask is for edits: give an image with it")
+        return
+    mask, first = inspect(name), inspect(request.image[0])
+    if mask.picture is None:
+        yield Finding(f"mask {name} {mask.problem}")
+        return
+    if not mask.picture.alpha:
+        yield Finding(f"mask {name} has no alpha channel; alpha 0 marks what is edited")
+    if first.picture and mask.picture.size != first.picture.size:
+        yield Finding(
+            f"mask {name} is {mask.picture.size}, the first image {first.picture.size}; "
+            "they have to be of one size"
+        )
+    if mask.picture.format != "png":
+        yield Finding(f"mask {name} is no PNG; the API documents PNG only", fatal=False)
+    if mask.bytes > MAX_MASK_BYTES:
+        yield Finding(
+            f"mask {name} has {mask.bytes:,} bytes; the SDK documents less than {MAX_MASK_BYTES:,}",
+            fatal=False,
+        )
+
+
+def check_run(options: RunOptions) -> Iterator[Finding]:
+    """Check the options of the run."""
+    for key, value, limit in (
+        ("concurrency", options.concurrency, MAX_CONCURRENCY),
+        ("max-attempts", options.max_attempts, MAX_ATTEMPTS),
+    ):
+        if not 1 <= value <= limit:
+            yield Finding(f"--{key} {value}: accepted are 1 to {limit}")
+    if options.downscale_max_dim is not None:
+        if options.downscale_max_dim < 1:
+            yield Finding(
+                f"--downscale-max-dim {options.downscale_max_dim}: accepted are 1 and more"
+            )
+        if not options.downscale_suffix:
+            yield Finding(
+                "--downscale-suffix is empty: the copy would overwrite the original; "
+                f"give a suffix such as {DEFAULT_DOWNSCALE_SUFFIX}"
+            )
+        elif "/" in options.downscale_suffix or os.sep in options.downscale_suffix:
+            yield Finding(
+                f"--downscale-suffix {options.downscale_suffix}: no path separator, please"
+            )
+    sheet = options.contact_sheet
+    if sheet is not None and name_format(sheet) is None:
+        yield Finding(
+            f"--contact-sheet {sheet}: the name has to end with {listing([*SUFFIX_FORMATS])}"
+        )
+
+
+def check_folder(folder: str) -> Iterator[Finding]:
+    """Check that files can be made in a folder, which may be made first."""
+    existing = folder or "."
+    while not os.path.lexists(existing) and os.path.dirname(existing) != existing:
+        existing = os.path.dirname(existing) or "."
+    if not os.path.isdir(existing):
+        yield Finding(f"{existing} is a file; a folder is needed for the images")
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        yield Finding(f"folder {existing} is not writable")
+
+
+def same_file(name: str) -> str:
+    """Return one spelling for one file, also on disks that do not tell A from a."""
+    return os.path.realpath(name).casefold()
+
+
+def check_outputs(jobs: Sequence[Job], options: RunOptions) -> Iterator[tuple[Job | None, Finding]]:
+    """Check that every file can be made, and that no two are the same."""
+    inputs = {
+        same_file(name): name
+        for job in jobs
+        for name in (*job.request.image, *filter(None, [job.request.mask]))
+    }
+    taken: dict[str, str] = {}
+    folders: set[str] = set()
+    targets = [
+        (job, name, replace, what)
+        for job in jobs
+        for output in job.outputs
+        for name, replace, what in (
+            (output.path, output.replace or output not in job.missing, "the image"),
+            (output.copy, output.replace_copy, "the downscaled copy"),
+        )
+        if name
+    ]
+    sheet = options.contact_sheet
+    everything: list[tuple[Job | None, str, bool, str]] = [*targets]
+    if sheet:
+        everything.append(
+            (None, sheet, options.force or options.skip_existing, "the contact sheet")
+        )
+    for job, name, replace, what in everything:
+        where = f"{job.where}{what}" if job else what
+        key = same_file(name)
+        if key in inputs:
+            yield job, Finding(f"{name} is an input image; it cannot be written as well")
+        elif key in taken:
+            yield (
+                job,
+                Finding(f"{name} would be written twice: as {where.strip()} and as {taken[key]}"),
+            )
+        elif os.path.isdir(name):
+            yield job, Finding(f"{name} is a folder; an image is to be written there")
+        elif os.path.lexists(name) and not replace:
+            yield (
+                job,
+                Finding(
+                    f"{name} exists; choose another name, --force to replace it, "
+                    "or --skip-existing to keep it"
+                ),
+            )
+        elif any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in name.split(os.sep)):
+            yield job, Finding(f"a name of over {MAX_NAME_BYTES} bytes: {received(name)}")
+        taken.setdefault(key, where.strip())
+        folder = os.path.dirname(name)
+        if folder not in folders:
+            folders.add(folder)
+            for finding in check_folder(folder):
+                yield job, finding
+
+
+def check_environment(*, pillow: bool) -> Iterator[Finding]:
+    """Check the key and the packages, which only a live run needs."""
+    key = os.environ.get("OPENAI_API_KEY", "")
+    if not key:
+        yield Finding("OPENAI_API_KEY is not set; export OPENAI_API_KEY=…, or use --dry-run")
+    elif not key.isascii() or not key.isprintable() or " " in key:
+        yield Finding(
+            "OPENAI_API_KEY holds white space or characters that no key has; copy it again"
+        )
+    for name in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        value = os.environ.get(name, "")
+        if not value.isascii() or (value and not value.isprintable()):
+            yield Finding(f"{name} holds characters that no header can carry: {received(value)}")
+    base_url = os.environ.get("OPENAI_BASE_URL", "")
+    if base_url and not re.match(r"https?://[^/\s]+", base_url):
+        yield Finding(f"OPENAI_BASE_URL {received(base_url)} has to begin with https:// and a host")
+    from importlib.util import find_spec
+
+    for module, package, needed in (("openai", "openai", True), ("PIL", "pillow", pillow)):
+        if needed and find_spec(module) is None:
+            yield Finding(
+                f"the package {package} is missing: {sys.executable} -m pip install {package}  "
+                "(or run the script with uv run)"
+            )
+
+
+def preflight(
+    drafts: Sequence[Draft], jobs: Sequence[Job], options: RunOptions, problems: Sequence[str]
+) -> list[str]:
+    """Check everything that can be known before the first request; return the warnings.
+
+    Raises a UsageError with all problems of all jobs, those of lines that hold none included.
+    """
+    import functools
+
+    inspect = functools.cache(inspect_input)
+    found: list[tuple[str, Finding]] = [("", finding) for finding in check_run(options)]
+    for draft in drafts:
+        found += [(draft.where, finding) for finding in check_draft(draft)]
+        found += [(draft.where, finding) for finding in check_inputs(draft.request, inspect)]
+    found += [(job.where if job else "", finding) for job, finding in check_outputs(jobs, options)]
+    if not options.dry_run:
+        pillow = options.downscale_max_dim is not None or options.contact_sheet is not None
+        found += [("", finding) for finding in check_environment(pillow=pillow)]
+    fatal = [(where, finding.text) for where, finding in found if finding.fatal]
+    if fatal or problems:
+        raise UsageError([*problems, *folded(fatal)])
+    return folded((where, finding.text) for where, finding in found if not finding.fatal)
+
+
+def folded(lines: Iterable[tuple[str, str]]) -> list[str]:
+    """Return each text once, with the first place it concerns and the number of the others."""
+    places: dict[str, list[str]] = {}
+    for where, text_ in lines:
+        places.setdefault(text_, []).append(where)
+    return [
+        f"{where[0]}{text_}" + (f" (and {len(where) - 1} more jobs)" if len(where) > 1 else "")
+        for text_, where in places.items()
+    ]
+
+
+# --------------------------------------------------------------------------------------- 8. dry run
+
+
+def document(job: Job, *, numbered: bool) -> dict[str, Any]:
+    """Return what would be sent for a job, and the files that it would make."""
+    shown: dict[str, Any] = {
+        **job.request.payload,
+        "endpoint": job.request.endpoint,
+        "outputs": [output.path for output in job.missing],
+        "outputs_downscaled": [output.copy for output in job.missing if output.copy] or None,
+    }
+    if job.request.image:
+        shown["image"] = list(job.request.image)
+    if job.request.mask:
+        shown["mask"] = job.request.mask
+    if numbered:
+        shown["job"] = job.number
+    return shown
+
+
+def as_json(value: object, *, indent: int | None = None) -> str:
+    """Return JSON with sorted keys, in characters that stdout can carry."""
+    unicode_ = (getattr(sys.stdout, "encoding", None) or "").lower().startswith("utf")
+    return json.dumps(value, indent=indent, sort_keys=True, ensure_ascii=not unicode_)
+
+
+# ------------------------------------------------------------------------------------------ 9. send
+
+NO_MONEY_CODES = (
+    "insufficient_quota",
+    "credit_balance_exhausted",
+    "billing_hard_limit_reached",
+    "organization_usage_limit_exceeded",
+    "organization_spend_limit_exceeded",
+    "project_spend_limit_exceeded",
+)
+# What an answer means: what to do about it, and the kind of failure. The code, if known, decides.
+VERDICT_BY_CODE = {
+    **dict.fromkeys(NO_MONEY_CODES, ("stop run", "quota")),
+    "moderation_blocked": ("fail", "moderation"),
+    "model_not_found": ("stop model", "unknown_model"),
+}
+VERDICT_BY_STATUS = {
+    401: ("stop run", "authentication"),
+    403: ("stop model", "permission"),
+    404: ("stop model", "unknown_model"),
+    408: ("retry", "timeout"),
+    409: ("retry", "conflict"),
+    429: ("wait", "rate_limit"),
+}
+REMEDIES = {
+    "quota": "add credit or raise the limit of the account",
+    "authentication": "check OPENAI_API_KEY",
+    "permission": "ask for access to the model, or choose another with --model",
+    "unknown_model": "choose another with --model",
+    "moderation": "change the prompt or the input image",
+}
+# Gateways that lost the answer of a server that may have done the work.
+LOST_ANSWER_STATUSES = (502, 504)
+# What the HTTP API takes and the SDK's method has no argument for (SDK 3.54, images.edit).
+EXTRA_BODY_KEYS = ("moderation",)
+CONTENT_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+
+BACK_OFF_SECONDS = 0.5
+MAX_BACK_OFF_SECONDS = 30.0
+CONNECT_SECONDS = 20.0
+# The first requests leave one after the other, so that a small limit shows before all are out.
+RAMP_SECONDS = 0.003
+# A pace that was learnt from a refusal grows by this share with each request the server takes.
+PACE_GROWTH = 0.005
+
+
+class StoppedError(JobError):
+    """Nothing more is to be sent for this job, for a reason that lies outside of it."""
+
+
+class Verdict(NamedTuple):
+    """What to do about an error: "retry", "wait", "fail", "stop model" or "stop run"."""
+
+    action: str
+    failure: Failure
+    advised: float | None = None  # seconds that the server asks to wait
+    request_id: str | None = None
+
+
+def one_line(message: object) -> str:
+    """Return a message of the other side so that it can stand in one line of ours."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(message)).split())
+    return line if len(line) <= 600 else line[:600] + "…"
+
+
+def parse_duration(value: str) -> float | None:
+    """Read 6m0s, 1.5s or 120ms, as x-ratelimit-reset-* has them; seconds."""
+    units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+    parts = re.findall(r"([0-9.]+)(ms|h|m|s)", value)
+    if not parts or "".join(number + unit for number, unit in parts) != value:
+        return None
+    try:
+        return sum(float(number) * units[unit] for number, unit in parts)
+    except ValueError:
+        return None
+
+
+def advised_delay(headers: Mapping[str, str]) -> float | None:
+    """Return how many seconds the server asks to wait, by the first header that says it."""
+    from datetime import UTC, datetime
+    from email.utils import parsedate_to_datetime
+
+    delay: float | None = None
+    try:
+        if "retry-after-ms" in headers:
+            delay = float(headers["retry-after-ms"]) / 1000
+        elif "retry-after" in headers:
+            delay = float(headers["retry-after"])
+    except ValueError:
+        try:
+            moment = parsedate_to_datetime(headers["retry-after"])
+            delay = (moment.astimezone(UTC) - datetime.now(UTC)).total_seconds()
+            delay = max(0.0, delay)
+        except (KeyError, ValueError):
+            delay = None
+    if delay is None:
+        kinds = ("requests", "tokens")
+        spent = [kind for kind in kinds if headers.get(f"x-ratelimit-remaining-{kind}") == "0"]
+        resets = [
+            parse_duration(headers.get(f"x-ratelimit-reset-{kind}", "")) for kind in spent or kinds
+        ]
+        delay = max((reset for reset in resets if reset is not None), default=None)
+    return delay if delay is not None and 0 <= delay < float("inf") else None
+
+
+def classify(error: Exception) -> Verdict:
+    """Judge what the SDK raised for one request."""
+    import httpx2
+    import openai
+
+    if isinstance(error, openai.APIStatusError):
+        status, body = error.status_code, error.body
+        fields = body if isinstance(body, dict) else {}
+        server = ("retry", "server") if status >= 500 else ("fail", "invalid_request")
+        by_code = VERDICT_BY_CODE.get(error.code or "") or VERDICT_BY_CODE.get(error.type or "")
+        action, kind = by_code or VERDICT_BY_STATUS.get(status, server)
+        said = one_line(fields.get("message") or body or "no explanation")
+        remedy = f" ({REMEDIES[kind]})" if kind in REMEDIES else ""
+        request_id = f" [{error.request_id}]" if error.request_id else ""
+        failure = Failure(
+            kind,
+            f"{kind.replace('_', ' ')}, HTTP {status}: {said}{remedy}{request_id}",
+            error.code or str(status),
+            retryable=action in ("retry", "wait"),
+            maybe_billed=status in LOST_ANSWER_STATUSES,
+        )
+        advised = advised_delay(error.response.headers)
+        return Verdict(action, failure, advised, error.request_id)
+    cause = error.__cause__ or error
+    unsent = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.ProxyError)
+    hopeless = (httpx2.UnsupportedProtocol, httpx2.LocalProtocolError, httpx2.InvalidURL)
+    late = isinstance(error, (openai.APITimeoutError, httpx2.TimeoutException, TimeoutError))
+    reason = one_line(cause) or type(cause).__name__
+    failure = Failure(
+        "timeout" if late else "connection",
+        "no answer in time" if late else f"the connection failed: {reason}",
+        retryable=not isinstance(cause, hopeless),
+        maybe_billed=not isinstance(cause, (*unsent, *hopeless)),
+    )
+    return Verdict("retry" if failure.retryable else "fail", failure)
+
+
+def retry_delay(verdict: Verdict, attempt: int) -> float:
+    """Return the seconds to wait: as the server says, else exponential with full jitter."""
+    import random
+
+    if verdict.advised is not None:
+        return verdict.advised
+    ceiling = min(MAX_BACK_OFF_SECONDS, BACK_OFF_SECONDS * 2.0 ** (attempt - 1))
+    return random.uniform(0.0, ceiling)
+
+
+class Halt:
+    """Whether anything more may be sent, for the run and for each model."""
+
+    def __init__(self) -> None:
+        import asyncio
+
+        self.changed = asyncio.Event()
+        self.run: Failure | None = None
+        self.models: dict[str, Failure] = {}
+
+    def stop_run(self, failure: Failure) -> None:
+        """Send nothing more."""
+        self.run = self.run or failure
+        self.changed.set()
+
+    def check(self, job: Job) -> None:
+        """Raise StoppedError if the job is not to be sent any more."""
+        failure = self.run or self.models.get(job.request.model)
+        if failure is not None:
+            raise StoppedError(failure)
+
+    async def sleep(self, duration: float) -> None:
+        """Sleep, but no longer than the run goes on."""
+        import asyncio
+
+        try:
+            await asyncio.wait_for(self.changed.wait(), max(0.0, duration))
+        except TimeoutError:
+            return
+
+
+class RateGate:
+    """What all requests of a run pass: a pause for all, and then the pace that the server takes.
+
+    The server tells when to come back and not how fast to go on. So the gate counts: the requests
+    that were taken between two pauses, over the time until the server takes requests again, are the
+    pace. A pace that is too slow grows, one that is too fast is refused and counted anew.
+    """
+
+    def __init__(self, halt: Halt, notify: Callable[[float], None]) -> None:
+        import asyncio
+
+        self.halt = halt
+        self.notify = notify
+        self.clock = asyncio.get_running_loop().time
+        self.line = asyncio.Lock()
+        self.interval = RAMP_SECONDS
+        self.next_at = self.resume_at = self.opened_at = 0.0
+        self.period = 0  # counts the pauses
+        self.sent = self.refused = 0
+        self.paced = False
+
+    async def admit(self, job: Job) -> int:
+        """Wait for this job's turn; return the period in which it is sent."""
+        async with self.line:
+            while (delay := max(self.resume_at, self.next_at) - self.clock()) > 0:
+                self.halt.check(job)
+                await self.halt.sleep(delay)
+            self.halt.check(job)
+            now = self.clock()
+            if self.sent == 0:
+                self.opened_at = now
+            elif self.refused:
+                self.period += 1
+                self.opened_at, self.sent, self.refused = now, 0, 0
+            self.sent += 1
+            self.next_at = now + self.interval
+            return self.period
+
+    def taken(self) -> None:
+        """Note that the server answered a request with an image."""
+        self.interval = self.interval / (1 + PACE_GROWTH) if self.paced else 0.0
+
+    def refuse(self, period: int, delay: float) -> None:
+        """Pause all jobs for so many seconds, and learn the pace of the period that ends."""
+        resume_at = self.clock() + delay
+        if period < self.period:  # answered late: the pause it asks for has been made
+            return
+        if not self.refused:
+            self.notify(delay)
+        self.refused += 1
+        self.paced = True
+        self.resume_at = max(self.resume_at, resume_at)
+        taken = max(1, self.sent - self.refused)
+        self.interval = (self.resume_at - self.opened_at) / taken
+
+
+class Spool:
+    """The raw body of an answer, outside the heap: some 4K answers at once would fill it."""
+
+    def __init__(self) -> None:
+        import tempfile
+
+        self._file: FileIO | None
+        self._rest = bytearray()
+        try:
+            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+        except OSError:
+            self._file = None
+
+    def write(self, chunk: bytes) -> None:
+        """Append; what the disk for temporary files does not take stays in memory."""
+        written = 0
+        if self._file is not None and not self._rest:
+            try:
+                written = self._file.write(chunk)
+            except OSError:
+                written = 0
+        self._rest += chunk[written:]
+
+    def read(self) -> bytes:
+        """Return everything, once."""
+        head = b""
+        if self._file is not None:
+            self._file.seek(0)
+            head = self._file.read()
+            self._file.close()
+        return head + self._rest if self._rest else head
+
+
+class Exchange:
+    """What happens between a job and the API, kept up while it happens."""
+
+    def __init__(self, max_wait: float) -> None:
+        self.attempts = 0  # requests, without those that were refused for the rate
+        self.patience = max_wait  # seconds left to wait for the rate limit
+        self.refused_at: float | None = None
+        self.request_id: str | None = None
+        self.maybe_billed = False
+        self.untouched = False  # the run stopped before anything was sent for this job
+        self.last: Failure | None = None
+
+    def gave_up(self) -> JobError:
+        """Return the error of a job that waited long enough."""
+        failure = self.last or Failure("rate_limit", "rate limit")
+        message = f"gave up, --max-wait is spent: {failure.message}"
+        return JobError(failure._replace(message=message, retryable=True))
+
+
+def upload(stack: ExitStack, name: str, sent_name: str) -> tuple[str, BinaryIO, str]:
+    """Open a file part; its name and content type are those of its bytes, whatever its suffix."""
+    file = stack.enter_context(open(name, "rb"))  # noqa: SIM115
+    picture = probe(file)
+    file.seek(0)
+    kind = picture.format if picture else DEFAULT_FORMAT
+    return f"{sent_name}.{kind}", file, CONTENT_TYPES[kind]
+
+
+def sdk_arguments(request: ImageRequest, stack: ExitStack) -> dict[str, Any]:
+    """Return a request as the arguments of the SDK's method, with the files opened."""
+    arguments = request.payload
+    extra = {key: arguments.pop(key) for key in EXTRA_BODY_KEYS if key in arguments}
+    if request.image:
+        images = [
+            upload(stack, name, f"image_{number}")
+            for number, name in enumerate(request.image, start=1)
+        ]
+        # One image goes out as "image", several as "image[]".
+        arguments["image"] = images[0] if len(images) == 1 else images
+        if request.mask:
+            arguments["mask"] = upload(stack, request.mask, "mask")
+        arguments["extra_body"] = extra or None
+    else:
+        arguments |= extra
+    return arguments
+
+
+async def post(run: Run, request: ImageRequest) -> tuple[Spool, str | None]:
+    """Send one request; return the raw body and the request id."""
+    import asyncio
+    from contextlib import ExitStack
+
+    images = run.client.images.with_streaming_response
+    method = images.edit if request.image else images.generate
+    spool = Spool()
+    async with asyncio.timeout(run.options.timeout):
+        with ExitStack() as stack:
+            async with method(**sdk_arguments(request, stack)) as response:
+                async for chunk in response.iter_bytes():
+                    spool.write(chunk)
+                return spool, response.headers.get("x-request-id")
+
+
+async def take_turn(job: Job, run: Run, exchange: Exchange) -> int:
+    """Pass the gate, within what is left of --max-wait if the server refused this job before."""
+    import asyncio
+
+    limit = None if exchange.refused_at is None else exchange.patience
+    try:
+        async with asyncio.timeout(limit):
+            period = await run.gate.admit(job)
+    except TimeoutError:
+        raise exchange.gave_up() from None
+    if exchange.refused_at is not None:
+        exchange.patience -= run.gate.clock() - exchange.refused_at
+        exchange.refused_at = None
+    return period
+
+
+async def recover(job: Job, run: Run, exchange: Exchange, verdict: Verdict, period: int) -> None:
+    """Wait until the request can be sent again, or raise the JobError that ends the job."""
+    failure, options = verdict.failure, run.options
+    exchange.last = failure
+    exchange.request_id = verdict.request_id or exchange.request_id
+    exchange.maybe_billed |= failure.maybe_billed
+    delay = retry_delay(verdict, exchange.attempts + 1)
+    if verdict.action == "wait":
+        run.gate.refuse(period, delay)
+        exchange.refused_at = run.gate.clock()
+        if delay > exchange.patience:
+            raise exchange.gave_up()
+        return
+    exchange.attempts += 1
+    if verdict.action == "stop run":
+        run.halt.stop_run(failure)
+    elif verdict.action == "stop model":
+        run.halt.models.setdefault(job.request.model, failure)
+    if verdict.action != "retry" or exchange.attempts >= options.max_attempts:
+        raise JobError(failure)
+    if delay > exchange.patience:
+        raise exchange.gave_up()
+    billed = "; it may have been billed" if failure.maybe_billed else ""
+    run.report.note(
+        f"{job.where}{failure.message}{billed}; "
+        f"attempt {exchange.attempts + 1} of {options.max_attempts} in {delay:.1f} s"
+    )
+    await run.halt.sleep(delay)
+
+
+async def send(job: Job, run: Run, exchange: Exchange) -> Spool:
+    """Send a job's request until it is answered, or raise a JobError. The only retry layer."""
+    import httpx2
+    import openai
+
+    while True:
+        period = await take_turn(job, run, exchange)
+        try:
+            spool, exchange.request_id = await post(run, job.request)
+        except (openai.APIError, httpx2.HTTPError, httpx2.StreamError, OSError) as error:
+            await recover(job, run, exchange, classify(error), period)
+        else:
+            exchange.attempts += 1
+            run.gate.taken()
+            return spool
+
+
+# ---------------------------------------------------------------------- 10. decode and post-process
+
+
+def bad_answer(explanation: str, *, billed: bool = True) -> JobError:
+    """Return the error for an answer that came, was paid for, and is of no use."""
+    return JobError(Failure("bad_answer", explanation, maybe_billed=billed))
+
+
+def parse_answer(body: bytes) -> dict[str, Any]:
+    """Return the JSON of an answer that has a list of images."""
+    try:
+        answer = json.loads(body)
+    except (ValueError, RecursionError):
+        start = one_line(body[:80].decode("utf-8", "replace"))
+        raise bad_answer(f"the answer is no JSON ({len(body):,} bytes): {start}") from None
+    data = answer.get("data") if isinstance(answer, dict) else None
+    if not isinstance(data, list) or not data:
+        raise bad_answer("the answer holds no image")
+    return {**answer, "data": data}
+
+
+def decode_image(item: object) -> tuple[bytes, Picture]:
+    """Return the bytes of one image of an answer, and what they are."""
+    import binascii
+
+    encoded = item.get("b64_json") if isinstance(item, dict) else None
+    if not isinstance(encoded, str):
+        raise bad_answer("an image of the answer has no b64_json")
+    try:
+        content = binascii.a2b_base64(encoded, strict_mode=True)
+    except ValueError as error:
+        raise bad_answer(f"an image of the answer is not valid base64: {error}") from None
+    import io
+
+    picture = probe(io.BytesIO(content))
+    if picture is None:
+        raise bad_answer(
+            f"an image of the answer is none: {len(content):,} bytes of something else"
+        )
+    if not picture.whole:
+        raise bad_answer(f"an image of the answer is cut off after {len(content):,} bytes")
+    return content, picture
+
+
+def differences(request: ImageRequest, picture: Picture) -> Iterator[str]:
+    """Yield where an image is not what was asked for."""
+    if picture.format != request.output_format:
+        yield f"asked for {request.output_format}, got {picture.format}"
+    if request.size not in ("auto", picture.size):
+        yield f"asked for {request.size}, got {picture.size}"
+    if request.background == "transparent" and not picture.alpha:
+        yield "asked for a transparent background, got an image without alpha"
+
+
+def downscale(content: bytes, picture: Saved, max_dim: int) -> bytes:
+    """Return a copy whose longer edge is at most max_dim, in the same format.
+
+    An image that is small enough is returned as it is.
+    """
+    if max(picture.width, picture.height) <= max_dim:
+        return content
+    if picture.width * picture.height > MAX_COPY_PIXELS:
+        raise ValueError(
+            f"{picture.width}x{picture.height} has more than the {MAX_COPY_PIXELS:,} pixels "
+            "that are downscaled here"
+        )
+    import io
+
+    from PIL import Image, ImageOps
+
+    with Image.open(io.BytesIO(content)) as source:
+        profile = source.info.get("icc_profile")
+        image = ImageOps.exif_transpose(source)
+    if image.mode not in ("L", "LA", "RGB", "RGBA"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    scale = max_dim / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    # Pillow resizes premultiplied, so that colour under alpha 0 does not bleed into the edge.
+    image = image.resize(size, Image.Resampling.LANCZOS)
+    if picture.format == "jpeg" and image.mode in ("LA", "RGBA"):
+        white = Image.new("RGBA", size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    options: dict[str, Any] = {"icc_profile": profile} if profile else {}
+    if picture.format != "png":
+        options["quality"] = 90
+    if picture.format == "webp":
+        options["exact"] = True
+    buffer = io.BytesIO()
+    image.save(buffer, picture.format.upper(), **options)
+    return buffer.getvalue()
+
+
+# ---------------------------------------------------------------------------------------- 11. write
+
+
+def free_names(name: str) -> Iterator[str]:
+    """Yield the name itself, then names beside it."""
+    yield name
+    stem, extension = os.path.splitext(name)
+    number = 1
+    while True:
+        yield f"{stem}-alt-{number}{extension}"
+        number += 1
+
+
+def write_file(name: str, content: bytes, *, replace: bool) -> str:
+    """Write a whole file or none, and return its name.
+
+    Without replace, a file that stands there already is kept, even if it came a moment ago: the new
+    one goes beside it, under the first free name. Raises OSError.
+    """
+    import secrets
+
+    folder = os.path.dirname(name)
+    os.makedirs(folder or ".", exist_ok=True)
+    temporary = os.path.join(folder, f".image_gen-{secrets.token_hex(6)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+        if replace:
+            os.replace(temporary, name)
+            return name
+        for candidate in free_names(name):
+            try:
+                place(temporary, candidate)
+            except FileExistsError:
+                continue
+            return candidate
+        raise AssertionError
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def place(temporary: str, name: str) -> None:
+    """Give a finished file its name, unless the name is taken (FileExistsError)."""
+    try:
+        os.link(temporary, name)
+    except FileExistsError:
+        raise
+    except OSError:  # no hard links here, as on FAT: reserve the name, then rename onto it
+        with open(name, "xb"):
+            os.replace(temporary, name)
+
+
+def rescue(name: str, content: bytes) -> str | None:
+    """Save a paid image somewhere when its own place takes it no more."""
+    import tempfile
+
+    try:
+        folder = os.path.join(tempfile.gettempdir(), "image_gen-rescued")
+        return write_file(os.path.join(folder, os.path.basename(name)), content, replace=False)
+    except OSError:
+        return None
+
+
+def save_image(output: Output, content: bytes, picture: Picture) -> Saved:
+    """Write one original, byte for byte as it came."""
+    try:
+        name = write_file(output.path, content, replace=output.replace)
+    except OSError as error:
+        saved = rescue(output.path, content)
+        where = f"it was saved as {saved}" if saved else "it is lost"
+        message = f"{output.path} could not be written ({error.strerror or error}); {where}"
+        raise JobError(Failure("write", message, maybe_billed=True)) from None
+    return Saved(name, len(content), picture.width, picture.height, picture.format, picture.alpha)
+
+
+class Landing(NamedTuple):
+    """What an answer has left on disk: images by the path they were planned for."""
+
+    images: Mapping[str, Saved] = {}
+    warnings: tuple[str, ...] = ()
+    failure: Failure | None = None
+    answer: Mapping[str, Any] = {}
+
+
+def save_answer(job: Job, spool: Spool) -> Landing:
+    """Decode an answer and write its images. Runs in a worker thread."""
+    answer = parse_answer(spool.read())
+    data = answer.pop("data")
+    images: dict[str, Saved] = {}
+    warnings: list[str] = []
+    failures: list[Failure] = []
+    surplus = len(data) - len(job.missing)
+    if surplus > 0:
+        warnings.append(f"{surplus} more images than asked for; saved beside the others")
+    elif surplus < 0:
+        failures.append(
+            Failure("bad_answer", f"asked for {len(job.missing)} images, got {len(data)}")
+        )
+    for index in range(len(data)):
+        output = job.missing[min(index, len(job.missing) - 1)]
+        if index >= len(job.missing):
+            output = output._replace(replace=False)
+        item, data[index] = data[index], None
+        try:
+            content, picture = decode_image(item)
+            saved = save_image(output, content, picture)
+        except JobError as error:
+            failures.append(error.failure)
+            continue
+        warnings += [f"{saved.path}: {text_}" for text_ in differences(job.request, picture)]
+        if index < len(job.missing):
+            images[output.path] = saved
+            if saved.path != output.path:
+                warnings.append(
+                    f"{output.path} has appeared meanwhile and is kept; saved as {saved.path}"
+                )
+    worst = next((failure for failure in failures if failure.kind == "write"), None)
+    failure = worst or (failures[0] if failures else None)
+    return Landing(images, tuple(warnings), failure, answer)
+
+
+def save_copy(original: Saved, name: str, max_dim: int, *, replace: bool) -> Saved | None:
+    """Write the downscaled copy of an original that is on disk. Runs in a worker thread."""
+    try:
+        with open(original.path, "rb") as file:
+            content = file.read()
+        small = downscale(content, original, max_dim)
+        return saved_file(write_file(name, small, replace=replace))
+    except (OSError, ValueError, MemoryError, SyntaxError) as error:
+        message = f"{name}: no downscaled copy ({one_line(error)}); the original is kept"
+        raise JobError(Failure("downscale", message)) from None
+
+
+def saved_file(name: str) -> Saved | None:
+    """Describe an image that is on disk."""
+    picture = probe_file(name)
+    if picture is None:
+        return None
+    size = os.path.getsize(name)
+    return Saved(name, size, picture.width, picture.height, picture.format, picture.alpha)
+
+
+# --------------------------------------------------------------------------------------- 12. report
+
+
+def record(outcome: Done | Failed | Skipped) -> dict[str, Any]:
+    """Return an outcome as a line of --json; references/cli.md documents it."""
+    job, delivery = outcome.job, outcome.delivery
+    failure = None if isinstance(outcome, Done) else outcome.failure
+    return {
+        "job": job.number,
+        "status": type(outcome).__name__.lower(),
+        "prompt": job.request.prompt,
+        "endpoint": job.request.endpoint,
+        "model": job.request.model,
+        "outputs": [image._asdict() for image in delivery.images],
+        "outputs_downscaled": [image._asdict() for image in delivery.copies],
+        "attempts": delivery.attempts,
+        "seconds": round(delivery.seconds, 3),
+        "request_id": delivery.request_id,
+        "usage": delivery.usage,
+        "size": delivery.size,
+        "quality": delivery.quality,
+        "warnings": list(delivery.warnings),
+        "error": failure and failure._asdict(),
+    }
+
+
+def duration(seconds_: float) -> str:
+    """Return seconds as people say them."""
+    if seconds_ < 60:
+        return f"{seconds_:.1f} s"
+    minutes = round(seconds_) // 60
+    hours = f"{minutes // 60} h " if minutes >= 60 else ""
+    return f"{hours}{minutes % 60} min {round(seconds_) % 60} s"
+
+
+class Report:
+    """Everything that is printed while jobs run, and the exit code."""
+
+    def __init__(self, total: int, options: RunOptions) -> None:
+        import time
+
+        self.total = total
+        self.options = options
+        self.secret = os.environ.get("OPENAI_API_KEY", "")
+        self.clock = time.monotonic
+        self.started = self.clock()
+        self.terminal = sys.stderr.isatty() and not options.quiet
+        self.counts = {Done: 0, Failed: 0, Skipped: 0}
+        self.images = self.tokens = self.in_flight = 0
+        self.incomplete = False
+        self.interrupted = False
+        self.waiting_until = 0.0
+        self.stdout_open = True
+
+    def add(self, outcome: Done | Failed | Skipped) -> None:
+        """Report the end of a job."""
+        job, delivery = outcome.job, outcome.delivery
+        self.counts[type(outcome)] += 1
+        self.tokens += (delivery.usage or {}).get("total_tokens") or 0
+        for warning in delivery.warnings:
+            self.warn(f"{job.where}{warning}")
+        if not isinstance(outcome, Skipped):
+            self.images += len(delivery.images)
+        if self.options.json:
+            self.result(json.dumps(record(outcome)))
+        elif not isinstance(outcome, Skipped):
+            for image in (*delivery.images, *delivery.copies):
+                self.result(f"Wrote {image.path}")
+        done = f"[{sum(self.counts.values())}/{self.total}]"
+        if isinstance(outcome, Done):
+            names = listing([image.path for image in delivery.images])
+            self.note(f"{done} {duration(delivery.seconds)} {names}")
+        elif outcome.failure is None:
+            self.note(f"{done} {job.where}skipped, its files are there")
+        else:
+            self.incomplete = True
+            if isinstance(outcome, Failed):
+                self.error(f"{job.where}{outcome.failure.message}")
+        self.status()
+
+    def close(self, halted: Failure | None) -> None:
+        """Print what remains to be said at the end of the run."""
+        done, failed, skipped = self.counts.values()
+        if halted is not None and skipped:
+            self.error(f"{skipped} jobs were not sent: {halted.message}")
+        elapsed = duration(self.clock() - self.started)
+        self.note(
+            f"{self.total} jobs: {done} done, {failed} failed, {skipped} skipped; "
+            f"{self.images} images, {self.tokens:,} tokens, {elapsed}"
+        )
+        if self.interrupted or (self.incomplete and halted is not None):
+            force = " instead of --force" if self.options.force else ""
+            self.error(f"To resume, repeat the command with --skip-existing{force}.", label="")
+
+    @property
+    def exit_code(self) -> int:
+        """Return 130 when interrupted, else 1 when an image is missing."""
+        return 130 if self.interrupted else int(self.incomplete)
+
+    def result(self, line: str) -> None:
+        """Print a line on stdout; a reader that has gone does not end a paid run."""
+        self.clear()
+        if self.stdout_open:
+            try:
+                print(line, flush=True)
+            except OSError:
+                self.stdout_open = False
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+    def say(self, line: str) -> None:
+        """Print a line on stderr; the key never appears, whoever quotes it."""
+        self.clear()
+        if self.secret:
+            line = line.replace(self.secret, "[key]")
+        print(line, file=sys.stderr, flush=True)
+
+    def note(self, line: str) -> None:
+        """Print progress."""
+        if not self.options.quiet:
+            self.say(line)
+
+    def warn(self, line: str) -> None:
+        """Print a warning."""
+        if not self.options.quiet:
+            self.say(f"Warning: {line}")
+
+    def error(self, line: str, label: str = "Error: ") -> None:
+        """Print an error."""
+        self.say(label + line)
+
+    def paused(self, delay: float) -> None:
+        """Tell of a pause for the rate limit, once for all jobs."""
+        self.waiting_until = self.clock() + delay
+        self.note(
+            f"rate limit: all jobs wait {delay:.1f} s, then go on at the pace that is accepted"
+        )
+
+    def clear(self) -> None:
+        """Take the status line off the terminal."""
+        if self.terminal:
+            sys.stderr.write("\r\x1b[K")
+
+    def status(self) -> None:
+        """Show how the run stands, on a terminal."""
+        done = sum(self.counts.values())
+        if not self.terminal or done == self.total:
+            return
+        now = self.clock()
+        parts = [f"{done}/{self.total} done", f"{self.in_flight} in flight"]
+        if self.counts[Failed]:
+            parts.append(f"{self.counts[Failed]} failed")
+        if self.waiting_until > now:
+            parts.append(f"rate limit: {self.waiting_until - now:.0f} s")
+        if done:
+            left = (now - self.started) / done * (self.total - done)
+            parts.append(f"about {duration(left)} left")
+        sys.stderr.write("\r\x1b[K" + " · ".join(parts))
+        sys.stderr.flush()
+
+
+def contact_sheet(outcomes: Sequence[Done | Failed | Skipped], suffix_format: str) -> bytes:
+    """Draw labelled thumbnails of all images, in job order; jobs without an image are marked."""
+    import io
+
+    from PIL import Image, ImageDraw, ImageFont
+
+    cells = [
+        (outcome, image)
+        for outcome in sorted(outcomes, key=lambda outcome: outcome.job.number)
+        for image in (outcome.delivery.images or (None,))
+    ]
+    columns = next(k for k in range(1, len(cells) + 1) if k * k >= len(cells))
+    rows = -(-len(cells) // columns)
+    edge, label, gap = (256 if columns <= 12 else 128), 20, 8
+    sheet = Image.new(
+        "RGB", (columns * (edge + gap) + gap, rows * (edge + label + gap) + gap), "#f4f4f4"
+    )
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(12)
+    for position, (outcome, image) in enumerate(cells):
+        left = gap + position % columns * (edge + gap)
+        top = gap + position // columns * (edge + label + gap)
+        thumbnail = image and thumbnail_of(image, edge)
+        if thumbnail:
+            offset = ((edge - thumbnail.width) // 2, (edge - thumbnail.height) // 2)
+            sheet.paste(thumbnail, (left + offset[0], top + offset[1]), thumbnail)
+        else:
+            state = "not sent" if isinstance(outcome, Skipped) else "failed"
+            draw.rectangle((left, top, left + edge, top + edge), "#ffe5e5", "#c00000")
+            draw.text((left + 8, top + 8), state, "#c00000", font)
+        name = os.path.basename(image.path) if image else outcome.job.request.title
+        caption = f"{outcome.job.number} {name}"
+        while draw.textlength(caption, font) > edge and len(caption) > 1:
+            caption = caption[:-2] + "…"
+        draw.text((left, top + edge + 3), caption, "#202020", font)
+    buffer = io.BytesIO()
+    sheet.save(buffer, suffix_format.upper())
+    return buffer.getvalue()
+
+
+def thumbnail_of(image: Saved, edge: int) -> Image.Image | None:
+    """Return a small picture of an image on disk, or None where Pillow cannot read it."""
+    from PIL import Image, ImageOps
+
+    if image.width * image.height > MAX_COPY_PIXELS:
+        return None
+    try:
+        with Image.open(image.path) as source:
+            source.draft("RGB", (edge, edge))
+            picture = ImageOps.exif_transpose(source).convert("RGBA")
+    except (OSError, ValueError, SyntaxError):
+        return None
+    picture.thumbnail((edge, edge))
+    return picture
+
+
+# ------------------------------------------------------------------------------------------ 13. run
+
+
+class Run:
+    """What the jobs of a run share."""
+
+    def __init__(
+        self,
+        options: RunOptions,
+        report: Report,
+        savers: ThreadPoolExecutor,
+        copiers: ThreadPoolExecutor,
+    ) -> None:
+        import asyncio
+
+        import httpx2
+        import openai
+
+        self.options = options
+        self.report = report
+        self.savers, self.copiers = savers, copiers
+        self.halt = Halt()
+        self.gate = RateGate(self.halt, report.paused)
+        self.slots = asyncio.Semaphore(options.concurrency)
+        # Answers that wait for a worker are open files; this bounds them.
+        self.backlog = asyncio.Semaphore(3 * options.concurrency)
+        self.sending: set[asyncio.Task[Any] | None] = set()
+        timeout = httpx2.Timeout(options.timeout, connect=min(options.timeout, CONNECT_SECONDS))
+        self.client = openai.AsyncOpenAI(max_retries=0, timeout=timeout)
+
+    @contextmanager
+    def in_flight(self) -> Iterator[None]:
+        """Count the current task among those that an interruption waits for, or drops."""
+        import asyncio
+
+        task = asyncio.current_task()
+        self.sending.add(task)
+        self.report.in_flight = len(self.sending)
+        try:
+            yield
+        finally:
+            self.sending.discard(task)
+            self.report.in_flight = len(self.sending)
+
+    def interrupt(self) -> None:
+        """Take a signal: send nothing more; at the second one, drop what is in flight."""
+        if not self.report.interrupted:
+            self.report.interrupted = True
+            self.halt.stop_run(Failure("interrupted", "interrupted", retryable=True))
+            if self.sending:
+                self.report.note(
+                    f"Interrupted: waiting for {len(self.sending)} requests in flight, which are "
+                    "paid for; interrupt again to drop them"
+                )
+            return
+        for task in filter(None, self.sending):
+            task.cancel()
+
+
+async def exchange_images(job: Job, run: Run, exchange: Exchange) -> Landing:
+    """Send a job and save what comes. Holds a slot for the network call only."""
+    import asyncio
+
+    async with run.slots:
+        with run.in_flight():
+            spool = await send(job, run, exchange)
+    loop = asyncio.get_running_loop()
+    landing = await loop.run_in_executor(run.savers, save_answer, job, spool)
+    if landing.failure is not None and landing.failure.kind == "write":
+        run.halt.stop_run(landing.failure)  # images that cannot be saved should not be bought
+    return landing
+
+
+async def landing_of(job: Job, run: Run, exchange: Exchange) -> Landing:
+    """Exchange a job for its images, or for the reason why there are none."""
+    import asyncio
+
+    if not job.missing:
+        return Landing()
+    try:
+        return await exchange_images(job, run, exchange)
+    except StoppedError as error:
+        exchange.untouched = exchange.attempts == 0
+        failure = error.failure if exchange.untouched else exchange.last
+    except JobError as error:
+        failure = error.failure
+    except asyncio.CancelledError:
+        failure = Failure(
+            "interrupted", "dropped while in flight", retryable=True, maybe_billed=True
+        )
+    return Landing(failure=failure)
+
+
+def images_on_disk(job: Job, landing: Landing) -> Iterator[tuple[Output, Saved]]:
+    """Yield the images of a job: those that came now, and those that were there before."""
+    for output in job.outputs:
+        image = landing.images.get(output.path)
+        if image is None and output not in job.missing:
+            image = saved_file(output.path)
+        if image is not None:
+            yield output, image
+
+
+async def make_copies(job: Job, landing: Landing, run: Run) -> tuple[list[Saved], Failure | None]:
+    """Write the downscaled copies that are not there yet; a failure keeps the originals."""
+    import asyncio
+    from functools import partial
+
+    loop = asyncio.get_running_loop()
+    max_dim = run.options.downscale_max_dim
+    copies: list[Saved] = []
+    failure: Failure | None = None
+    for output, image in images_on_disk(job, landing):
+        if output.copy is None or max_dim is None:
+            continue
+        copy = None if output.path in landing.images else saved_file(output.copy)
+        try:
+            copy = copy or await loop.run_in_executor(
+                run.copiers,
+                partial(save_copy, image, output.copy, max_dim, replace=output.replace_copy),
+            )
+        except JobError as error:
+            failure = failure or error.failure
+        else:
+            copies += filter(None, [copy])
+    return copies, failure
+
+
+async def run_job(job: Job, run: Run) -> Done | Failed | Skipped:
+    """Do all that a job needs and return its outcome."""
+    import asyncio
+
+    clock = asyncio.get_running_loop().time
+    started = clock()
+    exchange = Exchange(run.options.max_wait)
+    async with run.backlog:
+        landing = await landing_of(job, run, exchange)
+        copies, copy_failure = await make_copies(job, landing, run)
+    usage = landing.answer.get("usage")
+    delivery = Delivery(
+        images=tuple(image for _, image in images_on_disk(job, landing)),
+        copies=tuple(copies),
+        warnings=landing.warnings,
+        attempts=exchange.attempts,
+        seconds=clock() - started,
+        request_id=exchange.request_id,
+        usage=usage if isinstance(usage, dict) else None,
+        size=landing.answer.get("size"),
+        quality=landing.answer.get("quality"),
+    )
+    failure = landing.failure or copy_failure
+    if failure is None:
+        return Done(job, delivery) if job.missing else Skipped(job, delivery)
+    failure = failure._replace(maybe_billed=failure.maybe_billed or exchange.maybe_billed)
+    return (Skipped if exchange.untouched else Failed)(job, delivery, failure)
+
+
+async def outcome_of(job: Job, run: Run) -> Done | Failed | Skipped:
+    """Run a job; a bug in this program must not take the images of the other jobs along."""
+    try:
+        return await run_job(job, run)
+    except Exception as error:  # noqa: BLE001
+        import traceback
+
+        traceback.print_exc()
+        return Failed(job, Delivery(), Failure("internal", f"a bug in image_gen: {error!r}"))
+
+
+def catch_signals(run: Run) -> Callable[[], None]:
+    """Let Ctrl-C and SIGTERM end the run in order; return what restores the handlers."""
+    import asyncio
+    import signal
+    import threading
+
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: None
+    loop = asyncio.get_running_loop()
+    names = (signal.SIGINT, signal.SIGTERM)
+    before = [
+        signal.signal(name, lambda *_: loop.call_soon_threadsafe(run.interrupt)) for name in names
+    ]
+
+    def restore() -> None:
+        for name, handler in zip(names, before, strict=True):
+            signal.signal(name, handler)
+
+    return restore
+
+
+async def keep_status(report: Report) -> None:
+    """Keep the status line of a terminal up to date."""
+    import asyncio
+
+    while report.terminal:
+        await asyncio.sleep(0.5)
+        report.status()
+
+
+async def run_jobs(
+    jobs: Sequence[Job], options: RunOptions, report: Report
+) -> list[Done | Failed | Skipped]:
+    """Run all jobs, as many at once as asked for, and report each as it ends."""
+    import asyncio
+    from concurrent.futures import ThreadPoolExecutor
+
+    outcomes = []
+    # Originals have workers of their own: no paid image waits in a queue behind downscaling.
+    with ThreadPoolExecutor() as savers, ThreadPoolExecutor(os.cpu_count()) as copiers:
+        run = Run(options, report, savers, copiers)
+        restore = catch_signals(run)
+        status = asyncio.create_task(keep_status(report))
+        try:
+            async with run.client:
+                tasks = [asyncio.create_task(outcome_of(job, run)) for job in jobs]
+                for task in asyncio.as_completed(tasks):
+                    outcome = await task
+                    outcomes.append(outcome)
+                    report.add(outcome)
+                    if options.fail_fast and isinstance(outcome, Failed):
+                        reason = f"--fail-fast, {outcome.job.where}{outcome.failure.message}"
+                        run.halt.stop_run(Failure("fail_fast", reason, retryable=True))
+        finally:
+            status.cancel()
+            restore()
+    report.close(run.halt.run or next(iter(run.halt.models.values()), None))
+    return outcomes
+
+
+def write_contact_sheet(
+    name: str, outcomes: Sequence[Done | Failed | Skipped], options: RunOptions, report: Report
+) -> None:
+    """Write the contact sheet; without it the run has failed."""
+    try:
+        sheet = contact_sheet(outcomes, name_format(name) or DEFAULT_FORMAT)
+        replace = options.force or options.skip_existing
+        name = write_file(name, sheet, replace=replace)
+    except (OSError, ValueError, MemoryError) as error:
+        report.incomplete = True
+        report.error(f"--contact-sheet {name}: {one_line(error)}")
+        return
+    if options.json:
+        report.note(f"contact sheet {name}")
+    else:
+        report.result(f"Wrote {name}")
+
+
+# ----------------------------------------------------------------------------------------- 14. main
+
+
+def run_command(arguments: dict[str, Any]) -> int:
+    """Read the jobs, plan and check them all, then print them or run them."""
+    options = run_options(arguments)
+    batch = arguments["command"] == "generate-batch"
+    drafts, problems = read_jobs(arguments) if batch else ([single_draft(arguments)], [])
+    jobs = [plan_outputs(draft, options) for draft in drafts]
+    report = Report(len(jobs), options)
+    for warning in preflight(drafts, jobs, options, problems):
+        report.warn(warning)
+    if options.dry_run:
+        for job in jobs:
+            if job.missing:
+                shown = document(job, numbered=batch)
+                report.result(as_json(shown, indent=None if options.json else 2))
+            else:
+                report.note(f"{job.where}nothing to send, its files are there")
+        return 0
+    import asyncio
+
+    outcomes = asyncio.run(run_jobs(jobs, options, report))
+    if options.contact_sheet is not None:
+        write_contact_sheet(options.contact_sheet, outcomes, options, report)
+    return report.exit_code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return run_command(vars(build_parser().parse_args(argv)))
+    except UsageError as error:
+        for problem in error.problems:
+            print(f"Error: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted before anything was sent.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
