@@ -1,0 +1,175 @@
+"""Fixtures: the loopback API, a guard against any other connection, and two ways to run the CLI."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pytest
+from images_api import PROXIES, ImagesAPI
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+LOOPBACK = {"127.0.0.1", "::1", "localhost", b"127.0.0.1", b"localhost", "", None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a run of the CLI left behind."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """stdout as one JSON document."""
+        document: dict[str, Any] = json.loads(self.stdout)
+        return document
+
+    @property
+    def json_lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.stdout.splitlines()]
+
+
+class Run(Protocol):
+    """Runs the CLI with these arguments; `stdin` is what it reads, `env` is set on top."""
+
+    def __call__(
+        self, *argv: str | Path, stdin: bytes = b"", env: Mapping[str, str] | None = None
+    ) -> Result: ...
+
+
+class Start(Protocol):
+    """Starts the CLI as a process that is killed at the end of the test if it is still there."""
+
+    def __call__(
+        self, *argv: str | Path, env: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[str]: ...
+
+
+@pytest.fixture(autouse=True)
+def only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any connection that would leave this machine fails the test, whatever catches exceptions."""
+
+    def refuse_others(host: object) -> None:
+        if host not in LOOPBACK:
+            pytest.fail(f"a test reached out to {host!r}")
+
+    def guarded(connect: Callable[..., object]) -> Callable[[socket.socket, Any], object]:
+        def guard(sock: socket.socket, address: tuple[object, ...]) -> object:
+            if sock.family in {socket.AF_INET, socket.AF_INET6}:
+                refuse_others(address[0])
+            return connect(sock, address)
+
+        return guard
+
+    def resolve(host: object, *arguments: object, **options: object) -> object:
+        refuse_others(host)
+        return getaddrinfo(host, *arguments, **options)
+
+    getaddrinfo: Callable[..., object] = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, guarded(getattr(socket.socket, name)))
+
+
+@pytest.fixture(autouse=True)
+def own_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No key, no proxy, and an empty current directory."""
+    for name in list(os.environ):
+        if name.startswith("OPENAI_") or name.upper() in {*PROXIES, "NO_PROXY"}:
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[ImagesAPI]:
+    """A loopback Image API to which the environment points, for this process and its children."""
+    with ImagesAPI(auto_size="64x64") as server:
+        for name, value in server.env().items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The CLI in this process, through `main`."""
+    import image_gen
+
+    def run(*argv: str | Path, stdin: bytes = b"", env: Mapping[str, str] | None = None) -> Result:
+        capfd.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+            for name, value in (env or {}).items():
+                patch.setenv(name, value)
+            try:
+                exit_code = image_gen.main([str(word) for word in argv])
+            except SystemExit as end:  # argparse: --help and wrong syntax
+                exit_code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        streams = capfd.readouterr()
+        return Result(exit_code=exit_code, stdout=streams.out, stderr=streams.err)
+
+    return run
+
+
+@pytest.fixture
+def run_process() -> Run:
+    """The CLI as a process of its own."""
+
+    def run_process(
+        *argv: str | Path, stdin: bytes = b"", env: Mapping[str, str] | None = None
+    ) -> Result:
+        ended = subprocess.run(
+            command(argv),
+            input=stdin,
+            capture_output=True,
+            env=os.environ | dict(env or {}),
+            timeout=120,
+            check=False,
+        )
+        return Result(
+            exit_code=ended.returncode,
+            stdout=ended.stdout.decode(),
+            stderr=ended.stderr.decode(),
+        )
+
+    return run_process
+
+
+@pytest.fixture
+def start_process() -> Iterator[Start]:
+    """The CLI as a process that the test talks to while it runs."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start_process(
+        *argv: str | Path, env: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            command(argv),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | dict(env or {}),
+        )
+        started.append(process)
+        return process
+
+    yield start_process
+    for process in started:
+        with process:
+            process.kill()
+
+
+def command(argv: tuple[str | Path, ...]) -> list[str]:
+    return [sys.executable, str(SCRIPTS / "image_gen.py"), *map(str, argv)]
