@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
     from concurrent.futures import ThreadPoolExecutor
     from contextlib import ExitStack
     from io import FileIO
@@ -62,7 +62,11 @@ MAX_JOBS = 500
 MAX_CONCURRENCY = 25
 MAX_ATTEMPTS = 10
 MAX_NAME_BYTES = 255
+MAX_PATH_BYTES = 4095
+MIN_SECRET = 8  # characters; a shorter key is a stand-in, and may be part of any word
+MAX_DIGITS = 18
 MAX_COPY_PIXELS = 64_000_000  # eight times the largest image the API makes
+COPY_QUALITY = 90  # of downscaled JPEG and WebP
 
 # Free sizes, from the guide of gpt-image-2 (the SDK's types repeat it for 2.5).
 EDGE_STEP = 16
@@ -72,14 +76,56 @@ MIN_PIXELS = 655_360
 MAX_PIXELS = 8_294_400
 EXPERIMENTAL_PIXELS = 2560 * 1440
 
-FORMATS = ("png", "jpeg", "webp")
-ALPHA_FORMATS = ("png", "webp")
-COMPRESSED_FORMATS = ("jpeg", "webp")
-SUFFIX_FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 BACKGROUNDS = ("transparent", "opaque", "auto")
 MODERATIONS = ("auto", "low")
 FIDELITIES = ("low", "high")
+COMPLEXITIES = ("low", "medium", "high")
 SHUT_DOWN_NOTICE_DAYS = 90
+
+# Lowest and highest value of each number; frames are rounded to 10 ms and capped by the API.
+RANGES = {
+    "n": (1, MAX_N),
+    "output_compression": (0, 100),
+    "frame_count": (2, 16),
+    "frame_duration_ms": (1, 655_350),
+    "partial_images": (1, 3),
+}
+
+
+class ImageFormat(NamedTuple):
+    """What an output format can do."""
+
+    suffixes: tuple[str, ...]
+    content_type: str
+    is_input: bool = True  # the API also takes it as an input image
+    has_alpha: bool = False
+    compresses: bool = False
+    animates: bool = False
+    streams: bool = True
+    masks: bool = True
+    downscales: bool = True
+    max_n: int = MAX_N
+
+
+FORMATS = {
+    "png": ImageFormat((".png",), "image/png", has_alpha=True),
+    "jpeg": ImageFormat((".jpg", ".jpeg"), "image/jpeg", compresses=True),
+    "webp": ImageFormat((".webp",), "image/webp", has_alpha=True, compresses=True),
+    "gif": ImageFormat(
+        (".gif",), "image/gif", is_input=False, animates=True, streams=False, masks=False
+    ),
+    "svg": ImageFormat(
+        (".svg",),
+        "image/svg+xml",
+        is_input=False,
+        streams=False,
+        masks=False,
+        downscales=False,
+        max_n=1,
+    ),
+}
+PICTURE_FORMATS = tuple(name for name, row in FORMATS.items() if row.is_input)
+SUFFIX_FORMATS = {suffix: name for name, row in FORMATS.items() for suffix in row.suffixes}
 
 
 class ModelFamily(NamedTuple):
@@ -87,8 +133,10 @@ class ModelFamily(NamedTuple):
 
     prefix: str
     qualities: tuple[str, ...] = ("low", "medium", "high", "auto")
+    formats: tuple[str, ...] = PICTURE_FORMATS
     sizes: tuple[str, ...] = ()  # empty: free sizes within the limits above
     transparent: bool = True
+    markup: bool = False
     fidelities: tuple[str, ...] = ()  # as documented; empty: input_fidelity has to be left out
     shut_down: str = ""  # ISO date
     successor: str = ""
@@ -100,8 +148,8 @@ SUCCESSOR = "gpt-image-2.5-flare or gpt-image-2.5-sunburst"
 
 # Newest first: a model that no row knows gets the rules of the first row.
 MODEL_FAMILIES = (
-    ModelFamily("gpt-image-2.6", NEW_QUALITIES),
-    ModelFamily("gpt-image-2.5", NEW_QUALITIES),
+    ModelFamily("gpt-image-2.6", NEW_QUALITIES, tuple(FORMATS), markup=True),
+    ModelFamily("gpt-image-2.5", NEW_QUALITIES, tuple(FORMATS), markup=True),
     ModelFamily("gpt-image-2", transparent=False),
     ModelFamily(
         "gpt-image-1.5",
@@ -200,9 +248,15 @@ class ImageRequest(NamedTuple):
     output_format: str = DEFAULT_FORMAT
     output_compression: int | None = None
     moderation: str | None = None
+    complexity: str | None = None
+    frame_count: int | None = None
+    frame_duration_ms: int | None = None
+    partial_images: int | None = None
+    safety_identifier: str | None = None
     input_fidelity: str | None = None
     image: tuple[str, ...] = ()
     mask: str | None = None
+    markup: str | None = None
 
     @property
     def endpoint(self) -> str:
@@ -213,10 +267,16 @@ class ImageRequest(NamedTuple):
     def payload(self) -> dict[str, Any]:
         """The parameters that are sent, without the files."""
         values = {key: getattr(self, key) for key in PAYLOAD_KEYS}
+        values["stream"] = True if self.partial_images else None
         return {key: value for key, value in values.items() if value is not None}
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All input files."""
+        return (*self.image, *filter(None, (self.mask, self.markup)))
 
-NOT_SENT = ("title", "image", "mask")
+
+NOT_SENT = ("title", "image", "mask", "markup")
 PAYLOAD_KEYS = tuple(key for key in ImageRequest._fields if key not in NOT_SENT)
 
 
@@ -229,6 +289,7 @@ class RunOptions(NamedTuple):
     force: bool = False
     skip_existing: bool = False
     fail_fast: bool = False
+    keep_partials: bool = False
     concurrency: int = DEFAULT_CONCURRENCY
     max_attempts: int = DEFAULT_ATTEMPTS
     max_wait: float = DEFAULT_MAX_WAIT
@@ -238,21 +299,27 @@ class RunOptions(NamedTuple):
     contact_sheet: str | None = None
 
 
+def place_of(line: int) -> str:
+    """Return how a message about a line begins."""
+    return f"line {line}: " if line else ""
+
+
 class Draft(NamedTuple):
     """A request and the name it asked for."""
 
     number: int
-    where: str  # "line 3: " in a batch
+    line: int  # of the JSONL file, 0 for a single command
     request: ImageRequest
     folder: str
     name: str | None  # None: image_1, image_2 …
 
 
 class Output(NamedTuple):
-    """One image to be written, and its downscaled copy."""
+    """One image to be written, its downscaled copy, and what a stream shows before it is done."""
 
     path: str
     copy: str | None = None
+    partials: tuple[str, ...] = ()
     replace: bool = False
     replace_copy: bool = False
 
@@ -261,10 +328,15 @@ class Job(NamedTuple):
     """A request with its files: all that it stands for, and those that are still missing."""
 
     number: int
-    where: str
+    line: int
     request: ImageRequest
     outputs: tuple[Output, ...]
     missing: tuple[Output, ...]
+
+    @property
+    def where(self) -> str:
+        """Where the job comes from, as messages begin."""
+        return place_of(self.line)
 
 
 class Picture(NamedTuple):
@@ -298,6 +370,7 @@ class Delivery(NamedTuple):
 
     images: tuple[Saved, ...] = ()
     copies: tuple[Saved, ...] = ()
+    partials: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     attempts: int = 0
     seconds: float = 0.0
@@ -340,6 +413,16 @@ def received(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:60]}… ({len(text):,} characters)"
 
 
+def listing(values: Iterable[str]) -> str:
+    """Return values as a sentence lists them."""
+    return ", ".join(values)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def text(value: object) -> str:
     """Accept a string that can be sent."""
     if not isinstance(value, str):
@@ -360,7 +443,7 @@ def words(value: object) -> str:
 
 def whole_number(value: object) -> int:
     """Accept an integer, or digits."""
-    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,18}", value):
+    if isinstance(value, str) and re.fullmatch(rf"[+-]?[0-9]{{1,{MAX_DIGITS}}}", value):
         return int(value)
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e18:
         return int(value)
@@ -371,13 +454,9 @@ def whole_number(value: object) -> int:
 
 def seconds(value: str) -> float:
     """Accept a positive number of seconds."""
-    try:
-        number = float(value)
-    except ValueError:
-        number = -1.0
-    if not 0 < number < 1e9:
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value) or float(value) == 0:
         raise argparse.ArgumentTypeError(f"has to be a positive number of seconds, not {value!r}")
-    return number
+    return float(value)
 
 
 def image_format(value: object) -> str:
@@ -386,21 +465,31 @@ def image_format(value: object) -> str:
     return "jpeg" if name == "jpg" else name
 
 
+def visible(value: object) -> str:
+    """Accept a name that can stand in one line of output."""
+    name = text(value)
+    if not name:
+        raise argparse.ArgumentTypeError("is empty; give a name")
+    if not name.isprintable():
+        raise argparse.ArgumentTypeError(f"must not hold control characters: {received(name)}")
+    return name
+
+
 def path(value: object) -> str:
     """Accept a path, with ~ for the home directory."""
-    if not text(value):
-        raise argparse.ArgumentTypeError("is empty; give a path")
-    return os.path.expanduser(text(value))
+    return os.path.expanduser(visible(value))
 
 
 def paths(value: object) -> tuple[str, ...]:
     """Accept a path or a list of them."""
+    if value == []:
+        raise argparse.ArgumentTypeError("is an empty list; give a path, or leave it out")
     return tuple(path(item) for item in (value if isinstance(value, list) else [value]))
 
 
 def file_name(value: object) -> str:
     """Accept a file name; the directories in it are dropped."""
-    name = os.path.basename(text(value).rstrip("/"))
+    name = os.path.basename(visible(value).rstrip("/"))
     if name.strip(" ") in ("", ".", ".."):
         raise argparse.ArgumentTypeError(f"has to be a file name, not {received(value)}")
     return name
@@ -450,17 +539,43 @@ REQUEST_OPTIONS = (
         "output_format",
         image_format,
         "FORMAT",
-        f"png, jpeg (jpg) or webp (default: the suffix of the name, else {DEFAULT_FORMAT})",
+        "png, jpeg (jpg) or webp; gif and svg from 2.5 on (default: the suffix of the name, "
+        f"else {DEFAULT_FORMAT})",
     ),
     RequestOption(
         "output_compression", whole_number, "0-100", "jpeg and webp only (default: not sent)"
     ),
     RequestOption("moderation", text, "LEVEL", "auto or low (default: not sent)"),
+    RequestOption(
+        "complexity",
+        text,
+        "LEVEL",
+        "low, medium or high: how much the model plans (default: not sent)",
+    ),
+    RequestOption("frame_count", whole_number, "2-16", "frames of a gif (default: the API's 9)"),
+    RequestOption(
+        "frame_duration_ms", whole_number, "MS", "time of each gif frame (default: the API's 200)"
+    ),
+    RequestOption(
+        "partial_images",
+        whole_number,
+        "1-3",
+        "stream, and write this many drafts as NAME.partial-N.EXT while the image is made",
+    ),
+    RequestOption(
+        "safety_identifier", text, "ID", "a stable, hashed id of your end user (default: not sent)"
+    ),
 )
 EDIT_OPTIONS = (
     RequestOption("image", paths, "FILE", f"an input image; up to {MAX_IMAGES}, the order is kept"),
     RequestOption(
         "mask", path, "FILE", "a PNG with alpha: where it is 0, the first image is edited"
+    ),
+    RequestOption(
+        "markup",
+        path,
+        "FILE",
+        "a transparent PNG over the first image that guides the edit; from 2.5 on, without mask",
     ),
     RequestOption(
         "input_fidelity",
@@ -581,6 +696,11 @@ def add_output_options(parser: Parser, *, batch: bool) -> argparse._ArgumentGrou
         metavar="SUFFIX",
         default=DEFAULT_DOWNSCALE_SUFFIX,
         help=f"what the copy's name adds (default: {DEFAULT_DOWNSCALE_SUFFIX})",
+    )
+    group.add_argument(
+        "--keep-partials",
+        action="store_true",
+        help="keep the drafts of --partial-images when the image is there",
     )
     existing = group.add_mutually_exclusive_group()
     existing.add_argument("--force", action="store_true", help="replace files that exist")
@@ -747,6 +867,8 @@ def request_from_options(values: Mapping[str, Any], name: str | None) -> ImageRe
 
 def read_file(name: str, what: str) -> bytes:
     """Read a whole input file; - is standard input."""
+    if name == "-" and sys.stdin is None:
+        raise UsageError([f"{what} - cannot be read: standard input is closed"])
     try:
         if name == "-":
             return sys.stdin.buffer.read()
@@ -780,7 +902,7 @@ def single_draft(values: dict[str, Any]) -> Draft:
         out_dir = out
     folder, name = (out_dir, None) if out_dir else os.path.split(out or DEFAULT_OUT)
     values["prompt"] = read_prompt(values["prompt"], values["prompt_file"])
-    return Draft(1, "", request_from_options(values, name), folder, name)
+    return Draft(1, 0, request_from_options(values, name), folder, name)
 
 
 def no_constant(name: str) -> NoReturn:
@@ -788,25 +910,42 @@ def no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON value")
 
 
+def short_number(digits: str) -> int:
+    """Refuse numbers that no option has; Python would not even convert the longest."""
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits):,} digits")
+    return int(digits)
+
+
 def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Refuse an object that gives one key twice: which of the two was meant?"""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {received(twice)} is given twice")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {received(key)} is given twice")
+        found[key] = value
     return found
 
 
-def parse_job_line(line: str) -> dict[str, Any]:
+def parse_job_line(line: str | UnicodeDecodeError) -> dict[str, Any]:
     """Return the keys of one job: an object, a JSON string, or plain text as its prompt."""
+    if isinstance(line, UnicodeDecodeError):
+        raise ImageGenError(f"is not UTF-8 ({line.reason} at byte {line.start})")
     try:
-        job = json.loads(line, parse_constant=no_constant, object_pairs_hook=no_duplicates)
+        job = json.loads(
+            line,
+            parse_constant=no_constant,
+            parse_int=short_number,
+            object_pairs_hook=no_duplicates,
+        )
     except RecursionError:
         raise ImageGenError("is nested too deeply") from None
     except ValueError as error:
         if line.startswith("{"):
-            raise ImageGenError(f"is not valid JSON: {error}") from None
+            reason = str(error)
+            if isinstance(error, json.JSONDecodeError):
+                reason = f"{error.msg} at column {error.colno}"
+            raise ImageGenError(f"is not valid JSON: {reason}") from None
         job = line
     if isinstance(job, str):
         return {"prompt": job}
@@ -815,39 +954,50 @@ def parse_job_line(line: str) -> dict[str, Any]:
     raise ImageGenError(f"has to be an object, a string or plain text, not {received(job)}")
 
 
-def known_key(key: str, known: Iterable[str]) -> None:
-    """Refuse a key that nobody reads, with the one that was probably meant."""
-    known = sorted(known)
-    if key not in known:
+def unknown_keys(keys: Iterable[str], known: Sequence[str]) -> Iterator[str]:
+    """Yield a complaint about the keys that nobody reads, with those that were probably meant."""
+    unknown = [key for key in keys if key not in known]
+    if unknown:
         from difflib import get_close_matches
 
-        close = get_close_matches(key.lower().replace("-", "_"), known, n=1, cutoff=0.6)
-        hint = f"did you mean {received(close[0])}?" if close else f"known are {', '.join(known)}"
-        raise ImageGenError(f"unknown key {received(key)}; {hint}")
+        hints = []
+        for key in unknown[:3]:
+            close = get_close_matches(key[:40].lower().replace("-", "_"), known, n=1)
+            hints.append(
+                received(key) + (f" (did you mean {received(close[0])}?)" if close else "")
+            )
+        if len(unknown) > len(hints):
+            hints.append(f"{len(unknown) - len(hints):,} more")
+        yield f"unknown key {listing(hints)}; known are {listing(sorted(known))}"
 
 
-def convert_job(job: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the given keys of a job, converted as the flags are; or an ImageGenError to report."""
-    fields = job.get("fields")
-    if fields is not None and not isinstance(fields, dict):
-        yield "", ImageGenError(f'"fields" has to be an object, not {received(fields)}')
-        fields = None
+def convert_job(job: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the given keys of a job, converted as the flags are, and what is wrong with them."""
     converters: dict[str, Callable[[object], Any]] = {
         **{key: option.convert for key, option in JOB_OPTIONS.items()},
         **dict.fromkeys(PROMPT_FIELDS, words),
         "prompt": words,
         "out": file_name,
     }
-    nested = [(key, value, PROMPT_FIELDS) for key, value in (fields or {}).items()]
-    flat = [(key, value, (*converters, "fields")) for key, value in job.items()]
-    for key, value, known in (*nested, *flat):
+    fields = {} if job.get("fields") is None else job["fields"]
+    problems = []
+    if not isinstance(fields, dict):
+        problems.append(f'"fields" has to be an object, not {received(fields)}')
+        fields = {}
+    problems += unknown_keys(fields, PROMPT_FIELDS)
+    problems += unknown_keys(job, (*converters, "fields"))
+    given = {key: value for key, value in fields.items() if key in PROMPT_FIELDS}
+    given |= {key: value for key, value in job.items() if key in converters and value is not None}
+    converted: dict[str, Any] = {}
+    for key, value in given.items():
         try:
-            known_key(key, known)
-            if value is not None and key != "fields":
-                yield key, converters[key](value)
-        except (argparse.ArgumentTypeError, ImageGenError) as error:
-            named = isinstance(error, ImageGenError)
-            yield "", ImageGenError(str(error) if named else f"{received(key)} {error}")
+            if value is not None:
+                converted[key] = converters[key](value)
+        except argparse.ArgumentTypeError as error:
+            problems.append(f"{received(key)} {error}")
+            if key == "prompt":
+                converted[key] = "(refused)"  # so that it is not called missing as well
+    return converted, problems
 
 
 def slugify(title: str) -> str:
@@ -856,45 +1006,38 @@ def slugify(title: str) -> str:
     return slug[:60].strip("-") or "job"
 
 
-def job_lines(content: bytes) -> Iterator[tuple[int, bytes]]:
+def job_lines(content: bytes) -> Iterator[tuple[int, str | UnicodeDecodeError]]:
     """Yield the number and the content of each line that holds a job."""
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        stripped = line.strip()
-        if stripped and not stripped.startswith(b"#"):
-            yield number, stripped
-
-
-def read_jobs(values: dict[str, Any]) -> tuple[list[Draft], list[str]]:
-    """Read the jobs of a batch, and what is wrong with the lines that are none."""
-    if values["input"] == "-":
-        raise UsageError(["--input - is not supported: write the jobs to a file"])
-    lines = list(job_lines(read_file(values["input"], "--input")))
-    if not lines:
-        raise UsageError([f"--input {values['input']} holds no job; write one a line"])
-    if len(lines) > MAX_JOBS:
-        raise UsageError(
-            [
-                f"--input {values['input']} holds {len(lines):,} jobs; accepted are {MAX_JOBS}"
-            ]
-        )
-    drafts, problems = [], []
-    for number, (line_number, line) in enumerate(lines, start=1):
-        where = f"line {line_number}: "
         try:
-            keys = list(convert_job(parse_job_line(line.decode().strip())))
+            stripped = line.decode().strip()
         except UnicodeDecodeError as error:
-            keys = [("", ImageGenError(f"is not UTF-8 ({error.reason} at byte {error.start})"))]
+            yield number, error
+        else:
+            if stripped and not stripped.startswith("#"):
+                yield number, stripped
+
+
+def read_jobs(values: dict[str, Any]) -> tuple[list[Draft], list[tuple[int, str]]]:
+    """Read the jobs of a batch, and the problems of lines, by line number."""
+    source = values["input"]
+    lines = list(job_lines(read_file(source, "--input")))
+    if not lines:
+        raise UsageError([f"--input {source} holds no job; write one a line"])
+    if len(lines) > MAX_JOBS:
+        raise UsageError([f"--input {source} holds {len(lines):,} jobs; accepted are {MAX_JOBS}"])
+    drafts = []
+    problems = []
+    for number, (line_number, line) in enumerate(lines, start=1):
+        try:
+            job, wrong = convert_job(parse_job_line(line))
         except ImageGenError as error:
-            keys = [("", error)]
-        errors = [where + str(value) for key, value in keys if not key]
-        job = {key: value for key, value in keys if key}
-        if "prompt" not in job and not errors:
-            errors.append(f'{where}"prompt" is missing')
-        problems += errors
-        if not errors:
-            request = request_from_options({**values, **job}, job.get("out"))
-            name = job.get("out") or f"{number:03d}-{slugify(request.title)}"
-            drafts.append(Draft(number, where, request, values["out_dir"], name))
+            problems.append((line_number, str(error)))
+            continue
+        problems += [(line_number, problem) for problem in wrong]
+        request = request_from_options({**values, "prompt": None, **job}, job.get("out"))
+        name = job.get("out") or f"{number:03d}-{slugify(request.title)}"
+        drafts.append(Draft(number, line_number, request, values["out_dir"], name))
     return drafts, problems
 
 
@@ -921,6 +1064,13 @@ def plan_names(draft: Draft) -> Iterator[str]:
         yield os.path.join(draft.folder, number + extension)
 
 
+def partial_paths(original: str, count: int) -> tuple[str, ...]:
+    """Return the paths of the drafts of a streamed image."""
+    stem, extension = os.path.splitext(original)
+    most = RANGES["partial_images"][1]
+    return tuple(f"{stem}.partial-{number}{extension}" for number in range(1, min(count, most) + 1))
+
+
 def plan_outputs(draft: Draft, options: RunOptions) -> Job:
     """Say which files a job makes. Looks at the disk for --skip-existing only; creates nothing."""
     outputs = []
@@ -930,7 +1080,13 @@ def plan_outputs(draft: Draft, options: RunOptions) -> Job:
         copy = None
         if options.downscale_max_dim is not None:
             copy = downscaled_path(name, options.downscale_suffix)
-        output = Output(name, copy, options.force, options.force or options.skip_existing)
+        output = Output(
+            path=name,
+            copy=copy,
+            partials=partial_paths(name, draft.request.partial_images or 0),
+            replace=options.force,
+            replace_copy=options.force or options.skip_existing,
+        )
         if not (options.skip_existing and os.path.isfile(name)):
             missing.append(output)
         elif (picture := probe_file(name)) is None or not picture.whole:
@@ -940,7 +1096,7 @@ def plan_outputs(draft: Draft, options: RunOptions) -> Job:
     request = draft.request
     if options.skip_existing:
         request = request._replace(n=len(missing))
-    return Job(draft.number, draft.where, request, tuple(outputs), tuple(missing))
+    return Job(draft.number, draft.line, request, tuple(outputs), tuple(missing))
 
 
 # ------------------------------------------------------------------- image files by their own bytes
@@ -948,8 +1104,8 @@ def plan_outputs(draft: Draft, options: RunOptions) -> Job:
 
 
 def probe(file: BinaryIO) -> Picture | None:
-    """Read format, size, alpha and wholeness of an image; None if it is none that the API takes."""
-    head = file.read(30)
+    """Read format, size, alpha and wholeness of an image; None if it is none of FORMATS."""
+    head = file.read(30).ljust(30, b"\0")
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - 12))
     tail = file.read()
@@ -963,8 +1119,13 @@ def probe(file: BinaryIO) -> Picture | None:
             "jpeg", width, height, alpha=False, whole=tail.rstrip(b"\0").endswith(b"\xff\xd9")
         )
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
-        width, height, alpha = webp_size(head.ljust(30, b"\0"))
+        width, height, alpha = webp_size(head)
         return Picture("webp", width, height, alpha, size >= little_endian(head[4:8]) + 8)
+    if head.startswith((b"GIF87a", b"GIF89a")):
+        width, height = little_endian(head[6:8]), little_endian(head[8:10])
+        return Picture("gif", width, height, gif_is_transparent(file), tail.endswith(b";"))
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"<svg", b"<?xml", b"<!--", b"<!DOCTYPE")):
+        return svg_picture(file)
     return None
 
 
@@ -998,13 +1159,18 @@ def png_has_transparency_chunk(file: BinaryIO) -> bool:
 
 
 def jpeg_size(file: BinaryIO) -> tuple[int, int]:
-    """Read the frame header, SOF0 to SOF15 without DHT, JPG and DAC (ITU T.81, B.1.1.3)."""
+    """Read the frame header, SOF0 to SOF15 without DHT, JPG and DAC (ITU T.81, B.1.1)."""
     file.seek(2)
-    while len(segment := file.read(4)) == 4 and segment[0] == 0xFF:
-        if segment[1] in range(0xC0, 0xD0) and segment[1] not in (0xC4, 0xC8, 0xCC):
+    while file.read(1) == b"\xff":
+        while (marker := file.read(1)) == b"\xff":  # any number of fill bytes
+            continue
+        if not marker:
+            break
+        length = big_endian(file.read(2))
+        if marker[0] in range(0xC0, 0xD0) and marker[0] not in (0xC4, 0xC8, 0xCC):
             frame = file.read(5)
             return big_endian(frame[3:5]), big_endian(frame[1:3])
-        file.seek(big_endian(segment[2:]) - 2, os.SEEK_CUR)
+        file.seek(length - 2, os.SEEK_CUR)
     return 0, 0
 
 
@@ -1022,6 +1188,27 @@ def webp_size(head: bytes) -> tuple[int, int, bool]:
     return little_endian(head[26:28]) & 0x3FFF, little_endian(head[28:30]) & 0x3FFF, False
 
 
+def gif_is_transparent(file: BinaryIO) -> bool:
+    """Look for a graphic control extension with its transparency flag (GIF89a, section 23)."""
+    file.seek(0)
+    blocks = re.findall(rb"\x21\xf9\x04([\x00-\xff])", file.read())
+    return any(flags[0] & 1 for flags in blocks)
+
+
+def svg_picture(file: BinaryIO) -> Picture | None:
+    """Read the size that an SVG's root element gives in numbers, 0 where it gives none."""
+    file.seek(0)
+    content = file.read().decode("utf-8", "replace")
+    root = re.search(r"<svg\b[^>]*>", content)
+    if root is None:
+        return None
+    width, height = (
+        int(float(match[1])) if (match := re.search(rf'\s{edge}="([0-9.]+)(px)?"', root[0])) else 0
+        for edge in ("width", "height")
+    )
+    return Picture("svg", width, height, alpha=True, whole=content.rstrip().endswith("</svg>"))
+
+
 # ------------------------------------------------------------------------------------- 7. preflight
 # Generators of findings: a fatal one is reported with all the others, before any request.
 
@@ -1033,44 +1220,12 @@ class Finding(NamedTuple):
     fatal: bool = True
 
 
-def listing(values: Sequence[str]) -> str:
-    """Return values as a sentence lists them."""
-    return ", ".join(values)
-
-
 def model_family(model: str) -> ModelFamily | None:
     """Return the row of a model: its name, or its name with a dash and more."""
     for family in MODEL_FAMILIES:
         if f"{model}-".startswith(f"{family.prefix}-"):
             return family
     return None
-
-
-def check_model(request: ImageRequest) -> Iterator[Finding]:
-    """Check the name of the model, and warn of its end."""
-    if not re.fullmatch(r"gpt-image-[0-9A-Za-z][0-9A-Za-z._:-]*", request.model):
-        yield Finding(
-            f"model {received(request.model)} is no GPT Image model; "
-            f"use one whose name begins with gpt-image-, e.g. {DEFAULT_MODEL}"
-        )
-        return
-    family = model_family(request.model)
-    if family is None:
-        yield Finding(
-            f"model {request.model} is not known here; it is checked by the rules of "
-            f"{MODEL_FAMILIES[0].prefix}, and the API decides",
-            fatal=False,
-        )
-    elif family.shut_down:
-        from datetime import UTC, date, datetime
-
-        days = (date.fromisoformat(family.shut_down) - datetime.now(UTC).date()).days
-        if days < SHUT_DOWN_NOTICE_DAYS:
-            ends = "was shut down on" if days < 0 else "shuts down on"
-            yield Finding(
-                f"model {request.model} {ends} {family.shut_down}; use {family.successor}",
-                fatal=False,
-            )
 
 
 def check_size(request: ImageRequest, family: ModelFamily) -> Iterator[Finding]:
@@ -1108,21 +1263,38 @@ def check_size(request: ImageRequest, family: ModelFamily) -> Iterator[Finding]:
 
 
 def check_transparency(request: ImageRequest, family: ModelFamily) -> Iterator[Finding]:
-    """Check that model and format can carry a transparent background."""
-    if request.background != "transparent":
-        return
-    if not family.transparent:
+    """Check that the model can make a transparent background."""
+    if request.background == "transparent" and not family.transparent:
         able = [row.prefix for row in MODEL_FAMILIES if row.transparent and not row.shut_down]
         yield Finding(
             f"background transparent is not supported by {request.model}; use --model "
             f"{SUCCESSOR} (families with it: {listing(able)}; gpt-image-1.5 until 2026-12-01), or "
             "ask for a flat key colour and cut it out with remove_chroma_key.py"
         )
-    if request.output_format not in ALPHA_FORMATS:
-        yield Finding(
-            f"background transparent needs output_format {' or '.join(ALPHA_FORMATS)}, "
-            f"not {request.output_format}"
-        )
+
+
+def check_format(request: ImageRequest, options: RunOptions) -> Iterator[Finding]:
+    """Check that the output format can do what else is asked for."""
+    asked = FORMATS.get(request.output_format)
+    if asked is None:
+        return
+    for what, given, ability in (
+        ("background transparent", request.background == "transparent", "has_alpha"),
+        ("output_compression", request.output_compression is not None, "compresses"),
+        ("frame_count", request.frame_count is not None, "animates"),
+        ("frame_duration_ms", request.frame_duration_ms is not None, "animates"),
+        ("partial_images", request.partial_images is not None, "streams"),
+        ("mask", request.mask is not None, "masks"),
+    ):
+        if given and not getattr(asked, ability):
+            able = [name for name, row in FORMATS.items() if getattr(row, ability)]
+            yield Finding(
+                f"{what} needs output_format {' or '.join(able)}, not {request.output_format}"
+            )
+    if options.downscale_max_dim is not None and not asked.downscales:
+        yield Finding(f"--downscale-max-dim: {request.output_format} has no pixels to downscale")
+    if request.n > asked.max_n:
+        yield Finding(f"n {request.n}: {request.output_format} is made one at a time")
 
 
 def check_fidelity(request: ImageRequest, family: ModelFamily) -> Iterator[Finding]:
@@ -1132,11 +1304,9 @@ def check_fidelity(request: ImageRequest, family: ModelFamily) -> Iterator[Findi
         return
     if not request.image:
         yield Finding("input_fidelity is for edits: give an image with it")
-    if fidelity not in FIDELITIES:
-        yield Finding(f"input_fidelity {received(fidelity)}: accepted are {listing(FIDELITIES)}")
-    elif not family.fidelities:
+    if not family.fidelities:
         yield Finding(f"input_fidelity: leave it out, {request.model} always uses high fidelity")
-    elif fidelity not in family.fidelities:
+    elif fidelity in FIDELITIES and fidelity not in family.fidelities:
         yield Finding(
             f"input_fidelity {fidelity}: {listing(family.fidelities)} is documented for "
             f"{request.model}; it is sent as it is",
@@ -1144,44 +1314,85 @@ def check_fidelity(request: ImageRequest, family: ModelFamily) -> Iterator[Findi
         )
 
 
-def check_request(request: ImageRequest) -> Iterator[Finding]:
-    """Check all that can be judged from the request alone."""
+def check_model(request: ImageRequest) -> Iterator[Finding]:
+    """Check the model, and what its family can do."""
+    if not re.fullmatch(r"gpt-image-[0-9A-Za-z][0-9A-Za-z._:-]*", request.model):
+        yield Finding(
+            f"model {received(request.model)} is no GPT Image model; "
+            f"use one whose name begins with gpt-image-, e.g. {DEFAULT_MODEL}"
+        )
+        return
+    family = model_family(request.model)
+    if family is None:
+        family = MODEL_FAMILIES[0]
+        yield Finding(
+            f"model {request.model} is not known here; it is checked by the rules of "
+            f"{family.prefix}, and the API decides",
+            fatal=False,
+        )
+    if family.shut_down:
+        yield from check_shut_down(request.model, family)
+    if request.quality not in family.qualities:
+        accepted = listing(family.qualities)
+        yield Finding(f"quality {received(request.quality)}: {request.model} has {accepted}")
+    if request.output_format in FORMATS and request.output_format not in family.formats:
+        accepted = listing(family.formats)
+        yield Finding(f"output_format {request.output_format}: {request.model} makes {accepted}")
+    yield from check_size(request, family)
+    yield from check_transparency(request, family)
+    yield from check_fidelity(request, family)
+    if request.markup is not None and not family.markup:
+        able = [row.prefix for row in MODEL_FAMILIES if row.markup]
+        yield Finding(f"markup is not supported by {request.model}; use {' or '.join(able)}")
+
+
+def check_shut_down(model: str, family: ModelFamily) -> Iterator[Finding]:
+    """Warn of a model that is gone, or will be soon."""
+    from datetime import UTC, date, datetime
+
+    days = (date.fromisoformat(family.shut_down) - datetime.now(UTC).date()).days
+    if days < SHUT_DOWN_NOTICE_DAYS:
+        ends = "was shut down on" if days < 0 else "shuts down on"
+        yield Finding(
+            f"model {model} {ends} {family.shut_down}; use {family.successor}", fatal=False
+        )
+
+
+def check_request(request: ImageRequest, options: RunOptions) -> Iterator[Finding]:
+    """Check all that can be judged without looking at the disk."""
     if not request.title:
-        yield Finding("the prompt is empty")
+        yield Finding("the prompt is missing or empty")
     if len(request.prompt) > MAX_PROMPT_CHARACTERS:
         yield Finding(
             f"the prompt has {len(request.prompt):,} characters with its labelled lines; "
             f"at most {MAX_PROMPT_CHARACTERS:,} are accepted"
         )
-    yield from check_model(request)
-    family = model_family(request.model) or MODEL_FAMILIES[0]
-    for key, value, accepted in (
-        ("quality", request.quality, family.qualities),
-        ("background", request.background, BACKGROUNDS),
-        ("output_format", request.output_format, FORMATS),
-        ("moderation", request.moderation, MODERATIONS),
+    for key, accepted in (
+        ("background", BACKGROUNDS),
+        ("output_format", FORMATS),
+        ("moderation", MODERATIONS),
+        ("complexity", COMPLEXITIES),
+        ("input_fidelity", FIDELITIES),
     ):
+        value = getattr(request, key)
         if value is not None and value not in accepted:
-            yield Finding(f"{key} {received(value)}: {request.model} accepts {listing(accepted)}")
-    yield from check_size(request, family)
-    yield from check_transparency(request, family)
-    yield from check_fidelity(request, family)
-    compression = request.output_compression
-    if compression is not None and not 0 <= compression <= 100:
-        yield Finding(f"output_compression {compression}: accepted are 0 to 100")
-    if compression is not None and request.output_format not in COMPRESSED_FORMATS:
+            yield Finding(f"{key} {received(value)}: accepted are {listing(accepted)}")
+    for key, (low, high) in RANGES.items():
+        number = getattr(request, key)
+        if number is not None and not low <= number <= high:
+            yield Finding(f"{key} {number}: accepted are {low} to {high:,}")
+    if request.partial_images and request.n > 1:
         yield Finding(
-            f"output_compression is for {' and '.join(COMPRESSED_FORMATS)}, "
-            f"not for {request.output_format}: leave it out or change output_format"
+            f"partial_images with n {request.n}: a stream does not say which image it shows"
         )
+    yield from check_format(request, options)
+    yield from check_model(request)
 
 
-def check_draft(draft: Draft) -> Iterator[Finding]:
-    """Check a request, before its n becomes a number of files, and the name it asked for."""
+def check_draft(draft: Draft, options: RunOptions) -> Iterator[Finding]:
+    """Check a request, and that its name does not promise another format than it asks for."""
     request = draft.request
-    yield from check_request(request)
-    if not 1 <= request.n <= MAX_N:
-        yield Finding(f"n {request.n}: accepted are 1 to {MAX_N}")
+    yield from check_request(request, options)
     promised, wanted = name_format(draft.name), request.output_format
     if promised not in (None, wanted) and wanted in FORMATS:
         stem = os.path.splitext(draft.name or "")[0]
@@ -1211,10 +1422,10 @@ def inspect_input(name: str) -> InputFile:
         return InputFile(f"cannot be read: {error.strerror or error}")
     if size >= MAX_IMAGE_BYTES:
         return InputFile(f"has {size:,} bytes; it has to be smaller than {MAX_IMAGE_BYTES:,}")
-    if picture is None:
+    if picture is None or not FORMATS[picture.format].is_input:
         return InputFile("is no PNG, JPEG or WebP file by its first bytes")
-    if not picture.whole:
-        return InputFile(f"is cut off: the {picture.format} file has no end")
+    if not picture.width * picture.height:
+        return InputFile(f"has no size: the head of the {picture.format} file is damaged")
     return InputFile(None, size, picture)
 
 
@@ -1223,35 +1434,46 @@ def check_inputs(request: ImageRequest, inspect: Callable[[str], InputFile]) -> 
     if len(request.image) > MAX_IMAGES:
         yield Finding(f"{len(request.image)} input images; at most {MAX_IMAGES} are accepted")
     for name in request.image:
-        if problem := inspect(name).problem:
-            yield Finding(f"image {name} {problem}")
-    if request.mask is not None:
-        yield from check_mask(request, request.mask, inspect)
+        file = inspect(name)
+        if file.problem:
+            yield Finding(f"image {name} {file.problem}")
+        elif file.picture and not file.picture.whole:
+            yield Finding(f"image {name} does not end as a {file.picture.format} does", fatal=False)
+    for key, overlay in (("mask", request.mask), ("markup", request.markup)):
+        if overlay is not None:
+            yield from check_overlay(key, overlay, request, inspect)
+    if request.markup is not None and request.mask is not None:
+        yield Finding("mask and markup cannot be combined; give one of them")
 
 
-def check_mask(
-    request: ImageRequest, name: str, inspect: Callable[[str], InputFile]
+def check_overlay(
+    key: str, name: str, request: ImageRequest, inspect: Callable[[str], InputFile]
 ) -> Iterator[Finding]:
-    """Check the mask, which belongs to the first image."""
+    """Check a mask or a markup, which lie over the first image."""
     if not request.image:
-        yield Finding("mask is for edits: give an image with it")
+        yield Finding(f"{key} is for edits: give an image with it")
         return
-    mask, first = inspect(name), inspect(request.image[0])
-    if mask.picture is None:
-        yield Finding(f"mask {name} {mask.problem}")
+    overlay, first = inspect(name), inspect(request.image[0])
+    if overlay.picture is None:
+        yield Finding(f"{key} {name} {overlay.problem}")
         return
-    if not mask.picture.alpha:
-        yield Finding(f"mask {name} has no alpha channel; alpha 0 marks what is edited")
-    if first.picture and mask.picture.size != first.picture.size:
+    if not overlay.picture.alpha:
+        yield Finding(f"{key} {name} has no alpha channel; it has to be a transparent PNG")
+    if first.picture and overlay.picture.size != first.picture.size:
+        turned = first.picture._replace(width=first.picture.height, height=first.picture.width)
+        # A photograph may be stored on its side, and its mask be drawn upright.
+        rotated = first.picture.format == "jpeg" and overlay.picture.size == turned.size
         yield Finding(
-            f"mask {name} is {mask.picture.size}, the first image {first.picture.size}; "
-            "they have to be of one size"
+            f"{key} {name} is {overlay.picture.size}, the first image {first.picture.size}; "
+            "they have to be of one size",
+            fatal=not rotated,
         )
-    if mask.picture.format != "png":
-        yield Finding(f"mask {name} is no PNG; the API documents PNG only", fatal=False)
-    if mask.bytes > MAX_MASK_BYTES:
+    if overlay.picture.format != "png":
+        yield Finding(f"{key} {name} is no PNG; the API documents PNG only", fatal=False)
+    if key == "mask" and overlay.bytes > MAX_MASK_BYTES:
         yield Finding(
-            f"mask {name} has {mask.bytes:,} bytes; the SDK documents less than {MAX_MASK_BYTES:,}",
+            f"mask {name} has {overlay.bytes:,} bytes; the SDK documents less than "
+            f"{MAX_MASK_BYTES:,}",
             fatal=False,
         )
 
@@ -1279,10 +1501,8 @@ def check_run(options: RunOptions) -> Iterator[Finding]:
                 f"--downscale-suffix {options.downscale_suffix}: no path separator, please"
             )
     sheet = options.contact_sheet
-    if sheet is not None and name_format(sheet) is None:
-        yield Finding(
-            f"--contact-sheet {sheet}: the name has to end with {listing([*SUFFIX_FORMATS])}"
-        )
+    if sheet is not None and name_format(sheet) not in PICTURE_FORMATS:
+        yield Finding(f"--contact-sheet {sheet}: the name has to end with .png, .jpg or .webp")
 
 
 def check_folder(folder: str) -> Iterator[Finding]:
@@ -1298,62 +1518,68 @@ def check_folder(folder: str) -> Iterator[Finding]:
 
 def same_file(name: str) -> str:
     """Return one spelling for one file, also on disks that do not tell A from a."""
-    return os.path.realpath(name).casefold()
+    from unicodedata import normalize
+
+    return normalize("NFC", os.path.realpath(name)).lower()
+
+
+class Target(NamedTuple):
+    """A file that the run will write, or (an image that is there) keep."""
+
+    job: Job | None
+    name: str
+    replace: bool
+    what: str
+
+
+def targets(jobs: Sequence[Job], options: RunOptions) -> Iterator[Target]:
+    """Yield every file of a run."""
+    for job in jobs:
+        for output in job.outputs:
+            kept = output not in job.missing
+            yield Target(job, output.path, output.replace or kept, f"{job.where}the image")
+            if output.copy:
+                what = f"{job.where}the downscaled copy"
+                yield Target(job, output.copy, output.replace_copy, what)
+            for name in output.partials:
+                yield Target(job, name, output.replace_copy, f"{job.where}a partial image")
+    if options.contact_sheet:
+        replace = options.force or options.skip_existing
+        yield Target(None, options.contact_sheet, replace, "the contact sheet")
+
+
+def check_target(name: str, *, replace: bool) -> Iterator[Finding]:
+    """Check that a file can be made under a name."""
+    if os.path.isdir(name):
+        yield Finding(f"{name} is a folder; an image is to be written there")
+    elif os.path.lexists(name) and not replace:
+        yield Finding(
+            f"{name} exists; choose another name, --force to replace it, "
+            "or --skip-existing to keep it"
+        )
+    elif any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in name.split(os.sep)):
+        yield Finding(f"a name of over {MAX_NAME_BYTES} bytes: {received(name)}")
+    elif len(os.fsencode(os.path.abspath(name))) > MAX_PATH_BYTES:
+        yield Finding(f"a path of over {MAX_PATH_BYTES:,} bytes: {received(name)}")
 
 
 def check_outputs(jobs: Sequence[Job], options: RunOptions) -> Iterator[tuple[Job | None, Finding]]:
     """Check that every file can be made, and that no two are the same."""
-    inputs = {
-        same_file(name): name
-        for job in jobs
-        for name in (*job.request.image, *filter(None, [job.request.mask]))
-    }
+    inputs = {same_file(name) for job in jobs for name in job.request.files}
     taken: dict[str, str] = {}
-    folders: set[str] = set()
-    targets = [
-        (job, name, replace, what)
-        for job in jobs
-        for output in job.outputs
-        for name, replace, what in (
-            (output.path, output.replace or output not in job.missing, "the image"),
-            (output.copy, output.replace_copy, "the downscaled copy"),
-        )
-        if name
-    ]
-    sheet = options.contact_sheet
-    everything: list[tuple[Job | None, str, bool, str]] = [*targets]
-    if sheet:
-        everything.append(
-            (None, sheet, options.force or options.skip_existing, "the contact sheet")
-        )
-    for job, name, replace, what in everything:
-        where = f"{job.where}{what}" if job else what
+    folders: dict[str, Job | None] = {}
+    for job, name, replace, what in targets(jobs, options):
         key = same_file(name)
         if key in inputs:
             yield job, Finding(f"{name} is an input image; it cannot be written as well")
         elif key in taken:
-            yield (
-                job,
-                Finding(f"{name} would be written twice: as {where.strip()} and as {taken[key]}"),
-            )
-        elif os.path.isdir(name):
-            yield job, Finding(f"{name} is a folder; an image is to be written there")
-        elif os.path.lexists(name) and not replace:
-            yield (
-                job,
-                Finding(
-                    f"{name} exists; choose another name, --force to replace it, "
-                    "or --skip-existing to keep it"
-                ),
-            )
-        elif any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in name.split(os.sep)):
-            yield job, Finding(f"a name of over {MAX_NAME_BYTES} bytes: {received(name)}")
-        taken.setdefault(key, where.strip())
-        folder = os.path.dirname(name)
-        if folder not in folders:
-            folders.add(folder)
-            for finding in check_folder(folder):
-                yield job, finding
+            yield job, Finding(f"{name} would be written twice: as {what} and as {taken[key]}")
+        else:
+            yield from ((job, finding) for finding in check_target(name, replace=replace))
+        taken.setdefault(key, what)
+        folders.setdefault(os.path.dirname(name), job)
+    for folder, job in folders.items():
+        yield from ((job, finding) for finding in check_folder(folder))
 
 
 def check_environment(*, pillow: bool) -> Iterator[Finding]:
@@ -1377,43 +1603,49 @@ def check_environment(*, pillow: bool) -> Iterator[Finding]:
     for module, package, needed in (("openai", "openai", True), ("PIL", "pillow", pillow)):
         if needed and find_spec(module) is None:
             yield Finding(
-                f"the package {package} is missing: {sys.executable} -m pip install {package}  "
-                "(or run the script with uv run)"
+                f"the package {package} is missing: {sys.executable or 'python3'} -m pip install "
+                f"{package}  (or run the script with uv run)"
             )
 
 
 def preflight(
-    drafts: Sequence[Draft], jobs: Sequence[Job], options: RunOptions, problems: Sequence[str]
+    drafts: Sequence[Draft],
+    jobs: Sequence[Job],
+    options: RunOptions,
+    problems: Iterable[tuple[int, str]],
 ) -> list[str]:
     """Check everything that can be known before the first request; return the warnings.
 
-    Raises a UsageError with all problems of all jobs, those of lines that hold none included.
+    Raises a UsageError with all problems of all jobs, the given ones of the reader included.
     """
     import functools
 
     inspect = functools.cache(inspect_input)
-    found: list[tuple[str, Finding]] = [("", finding) for finding in check_run(options)]
+    found = [(line, Finding(problem)) for line, problem in problems]
+    found += [(0, finding) for finding in check_run(options)]
     for draft in drafts:
-        found += [(draft.where, finding) for finding in check_draft(draft)]
-        found += [(draft.where, finding) for finding in check_inputs(draft.request, inspect)]
-    found += [(job.where if job else "", finding) for job, finding in check_outputs(jobs, options)]
+        found += [(draft.line, finding) for finding in check_draft(draft, options)]
+        found += [(draft.line, finding) for finding in check_inputs(draft.request, inspect)]
+    found += [(job.line if job else 0, finding) for job, finding in check_outputs(jobs, options)]
     if not options.dry_run:
         pillow = options.downscale_max_dim is not None or options.contact_sheet is not None
-        found += [("", finding) for finding in check_environment(pillow=pillow)]
-    fatal = [(where, finding.text) for where, finding in found if finding.fatal]
-    if fatal or problems:
-        raise UsageError([*problems, *folded(fatal)])
-    return folded((where, finding.text) for where, finding in found if not finding.fatal)
+        found += [(0, finding) for finding in check_environment(pillow=pillow)]
+    found.sort(key=lambda entry: entry[0])
+    if any(finding.fatal for _, finding in found):
+        raise UsageError(folded((line, finding.text) for line, finding in found if finding.fatal))
+    return folded((line, finding.text) for line, finding in found)
 
 
-def folded(lines: Iterable[tuple[str, str]]) -> list[str]:
-    """Return each text once, with the first place it concerns and the number of the others."""
-    places: dict[str, list[str]] = {}
-    for where, text_ in lines:
-        places.setdefault(text_, []).append(where)
+def folded(findings: Iterable[tuple[int, str]]) -> list[str]:
+    """Return each text once, with the first line it concerns and the number of the others."""
+    lines: dict[str, list[int]] = {}
+    for line, finding in findings:
+        if line not in lines.setdefault(finding, []):
+            lines[finding].append(line)
     return [
-        f"{where[0]}{text_}" + (f" (and {len(where) - 1} more jobs)" if len(where) > 1 else "")
-        for text_, where in places.items()
+        f"{place_of(places[0])}{finding}"
+        + (f" (and {counted(len(places) - 1, 'more job')})" if len(places) > 1 else "")
+        for finding, places in lines.items()
     ]
 
 
@@ -1430,8 +1662,9 @@ def document(job: Job, *, numbered: bool) -> dict[str, Any]:
     }
     if job.request.image:
         shown["image"] = list(job.request.image)
-    if job.request.mask:
-        shown["mask"] = job.request.mask
+    for key in ("mask", "markup"):
+        if name := getattr(job.request, key):
+            shown[key] = name
     if numbered:
         shown["job"] = job.number
     return shown
@@ -1478,7 +1711,6 @@ REMEDIES = {
 LOST_ANSWER_STATUSES = (502, 504)
 # What the HTTP API takes and the SDK's method has no argument for (SDK 3.54, images.edit).
 EXTRA_BODY_KEYS = ("moderation",)
-CONTENT_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 
 BACK_OFF_SECONDS = 0.5
 MAX_BACK_OFF_SECONDS = 30.0
@@ -1553,24 +1785,27 @@ def classify(error: Exception) -> Verdict:
     import httpx2
     import openai
 
-    if isinstance(error, openai.APIStatusError):
-        status, body = error.status_code, error.body
-        fields = body if isinstance(body, dict) else {}
+    if isinstance(error, openai.APIError) and not isinstance(error, openai.APIConnectionError):
+        # An error inside a stream has no status of its own.
+        status = error.status_code if isinstance(error, openai.APIStatusError) else 0
+        fields = error.body if isinstance(error.body, dict) else {}
         server = ("retry", "server") if status >= 500 else ("fail", "invalid_request")
         by_code = VERDICT_BY_CODE.get(error.code or "") or VERDICT_BY_CODE.get(error.type or "")
         action, kind = by_code or VERDICT_BY_STATUS.get(status, server)
-        said = one_line(fields.get("message") or body or "no explanation")
+        said = one_line(fields.get("message") or error.body or error.message)
         remedy = f" ({REMEDIES[kind]})" if kind in REMEDIES else ""
-        request_id = f" [{error.request_id}]" if error.request_id else ""
+        response = getattr(error, "response", None)
+        headers = response.headers if response is not None else {}
+        request_id = headers.get("x-request-id")
         failure = Failure(
             kind,
-            f"{kind.replace('_', ' ')}, HTTP {status}: {said}{remedy}{request_id}",
+            f"{kind.replace('_', ' ')}, HTTP {status}: {said}{remedy}"
+            + (f" [{request_id}]" if request_id else ""),
             error.code or str(status),
             retryable=action in ("retry", "wait"),
             maybe_billed=status in LOST_ANSWER_STATUSES,
         )
-        advised = advised_delay(error.response.headers)
-        return Verdict(action, failure, advised, error.request_id)
+        return Verdict(action, failure, advised_delay(headers), request_id)
     cause = error.__cause__ or error
     unsent = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.ProxyError)
     hopeless = (httpx2.UnsupportedProtocol, httpx2.LocalProtocolError, httpx2.InvalidURL)
@@ -1719,10 +1954,12 @@ class Exchange:
     """What happens between a job and the API, kept up while it happens."""
 
     def __init__(self, max_wait: float) -> None:
+        self.started: float | None = None  # when the job got its slot
         self.attempts = 0  # requests, without those that were refused for the rate
         self.patience = max_wait  # seconds left to wait for the rate limit
         self.refused_at: float | None = None
         self.request_id: str | None = None
+        self.partials: list[str] = []  # drafts that a stream has left on disk
         self.maybe_billed = False
         self.untouched = False  # the run stopped before anything was sent for this job
         self.last: Failure | None = None
@@ -1740,7 +1977,7 @@ def upload(stack: ExitStack, name: str, sent_name: str) -> tuple[str, BinaryIO, 
     picture = probe(file)
     file.seek(0)
     kind = picture.format if picture else DEFAULT_FORMAT
-    return f"{sent_name}.{kind}", file, CONTENT_TYPES[kind]
+    return f"{sent_name}.{kind}", file, FORMATS[kind].content_type
 
 
 def sdk_arguments(request: ImageRequest, stack: ExitStack) -> dict[str, Any]:
@@ -1754,28 +1991,57 @@ def sdk_arguments(request: ImageRequest, stack: ExitStack) -> dict[str, Any]:
         ]
         # One image goes out as "image", several as "image[]".
         arguments["image"] = images[0] if len(images) == 1 else images
-        if request.mask:
-            arguments["mask"] = upload(stack, request.mask, "mask")
+        for key in ("mask", "markup"):
+            if name := getattr(request, key):
+                arguments[key] = upload(stack, name, key)
         arguments["extra_body"] = extra or None
     else:
         arguments |= extra
     return arguments
 
 
-async def post(run: Run, request: ImageRequest) -> tuple[Spool, str | None]:
-    """Send one request; return the raw body and the request id."""
+async def follow_stream(
+    events: AsyncIterator[Any], job: Job, run: Run, exchange: Exchange
+) -> bytes:
+    """Write the drafts of a streamed image as they arrive; return its end as a plain answer is."""
+    import asyncio
+
+    import httpx2
+
+    loop = asyncio.get_running_loop()
+    async for event in events:
+        if event.type.endswith(".completed"):
+            data = [{"b64_json": event.b64_json}]
+            return json.dumps({**event.model_dump(exclude={"b64_json"}), "data": data}).encode()
+        if event.type.endswith(".partial_image"):
+            index = min(event.partial_image_index, len(job.missing[0].partials) - 1)
+            name = job.missing[0].partials[index]
+            if await loop.run_in_executor(run.savers, save_partial, name, event.b64_json):
+                exchange.partials.append(name)
+                run.report.note(f"{job.where}draft {index + 1}: {name}")
+    raise httpx2.RemoteProtocolError("the stream ended before the image")
+
+
+async def post(job: Job, run: Run, exchange: Exchange) -> Spool:
+    """Send one request; return the raw body of its answer."""
     import asyncio
     from contextlib import ExitStack
 
+    request = job.request
     images = run.client.images.with_streaming_response
     method = images.edit if request.image else images.generate
     spool = Spool()
     async with asyncio.timeout(run.options.timeout):
         with ExitStack() as stack:
             async with method(**sdk_arguments(request, stack)) as response:
-                async for chunk in response.iter_bytes():
-                    spool.write(chunk)
-                return spool, response.headers.get("x-request-id")
+                exchange.request_id = response.headers.get("x-request-id")
+                if request.partial_images:
+                    events = await response.parse()
+                    spool.write(await follow_stream(events, job, run, exchange))
+                else:
+                    async for chunk in response.iter_bytes():
+                        spool.write(chunk)
+    return spool
 
 
 async def take_turn(job: Job, run: Run, exchange: Exchange) -> int:
@@ -1812,6 +2078,10 @@ async def recover(job: Job, run: Run, exchange: Exchange, verdict: Verdict, peri
         run.halt.stop_run(failure)
     elif verdict.action == "stop model":
         run.halt.models.setdefault(job.request.model, failure)
+    if exchange.partials:  # the image was half made: another request would be paid for again
+        drafts = listing(exchange.partials)
+        message = f"{failure.message}; what had come is kept: {drafts}"
+        raise JobError(failure._replace(message=message, maybe_billed=True))
     if verdict.action != "retry" or exchange.attempts >= options.max_attempts:
         raise JobError(failure)
     if delay > exchange.patience:
@@ -1832,7 +2102,7 @@ async def send(job: Job, run: Run, exchange: Exchange) -> Spool:
     while True:
         period = await take_turn(job, run, exchange)
         try:
-            spool, exchange.request_id = await post(run, job.request)
+            spool = await post(job, run, exchange)
         except (openai.APIError, httpx2.HTTPError, httpx2.StreamError, OSError) as error:
             await recover(job, run, exchange, classify(error), period)
         else:
@@ -1889,47 +2159,73 @@ def differences(request: ImageRequest, picture: Picture) -> Iterator[str]:
     """Yield where an image is not what was asked for."""
     if picture.format != request.output_format:
         yield f"asked for {request.output_format}, got {picture.format}"
-    if request.size not in ("auto", picture.size):
+    if request.size not in ("auto", picture.size) and picture.format != "svg":
         yield f"asked for {request.size}, got {picture.size}"
     if request.background == "transparent" and not picture.alpha:
         yield "asked for a transparent background, got an image without alpha"
 
 
-def downscale(content: bytes, picture: Saved, max_dim: int) -> bytes:
-    """Return a copy whose longer edge is at most max_dim, in the same format.
+def scaled(image: Image.Image, max_dim: int) -> Image.Image:
+    """Return an image whose longer edge is max_dim, in a mode that resizing and saving keep."""
+    from PIL import Image
 
-    An image that is small enough is returned as it is.
-    """
-    if max(picture.width, picture.height) <= max_dim:
-        return content
-    if picture.width * picture.height > MAX_COPY_PIXELS:
-        raise ValueError(
-            f"{picture.width}x{picture.height} has more than the {MAX_COPY_PIXELS:,} pixels "
-            "that are downscaled here"
-        )
-    import io
-
-    from PIL import Image, ImageOps
-
-    with Image.open(io.BytesIO(content)) as source:
-        profile = source.info.get("icc_profile")
-        image = ImageOps.exif_transpose(source)
     if image.mode not in ("L", "LA", "RGB", "RGBA"):
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     scale = max_dim / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     # Pillow resizes premultiplied, so that colour under alpha 0 does not bleed into the edge.
-    image = image.resize(size, Image.Resampling.LANCZOS)
-    if picture.format == "jpeg" and image.mode in ("LA", "RGBA"):
-        white = Image.new("RGBA", size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    options: dict[str, Any] = {"icc_profile": profile} if profile else {}
-    if picture.format != "png":
-        options["quality"] = 90
-    if picture.format == "webp":
-        options["exact"] = True
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Return an image without alpha."""
+    from PIL import Image
+
+    if image.mode not in ("LA", "RGBA"):
+        return image
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def downscale(content: bytes, original: Saved, max_dim: int) -> bytes:
+    """Return a copy whose longer edge is at most max_dim, in the same format.
+
+    An image that is small enough is returned as it is. A GIF keeps its frames and their times.
+    Raises what Pillow raises for an image that it cannot read, a ValueError for one too large.
+    """
+    if max(original.width, original.height) <= max_dim:
+        return content
+    if original.width * original.height > MAX_COPY_PIXELS:
+        raise ValueError(
+            f"{original.width}x{original.height} has more than the {MAX_COPY_PIXELS:,} pixels "
+            "that are downscaled here"
+        )
+    import io
+
+    from PIL import Image, ImageOps, ImageSequence
+
+    options: dict[str, Any] = {}
+    with Image.open(io.BytesIO(content)) as source:
+        profile = source.info.get("icc_profile")
+        if profile and source.mode != "CMYK":
+            options["icc_profile"] = profile
+        if original.format == "gif":
+            frames = [
+                scaled(frame.convert("RGBA"), max_dim) for frame in ImageSequence.Iterator(source)
+            ]
+            times = [frame.info.get("duration", 0) for frame in ImageSequence.Iterator(source)]
+            options |= {"save_all": True, "append_images": frames[1:], "duration": times}
+            options |= {"disposal": 2, **{k: v for k, v in source.info.items() if k == "loop"}}
+            copy = frames[0]
+        else:
+            copy = scaled(ImageOps.exif_transpose(source), max_dim)
+    if original.format == "jpeg":
+        copy = on_white(copy)
+        options["quality"] = COPY_QUALITY
+    elif original.format == "webp":
+        options |= {"quality": COPY_QUALITY, "exact": True}
     buffer = io.BytesIO()
-    image.save(buffer, picture.format.upper(), **options)
+    copy.save(buffer, original.format.upper(), **options)
     return buffer.getvalue()
 
 
@@ -1975,6 +2271,15 @@ def write_file(name: str, content: bytes, *, replace: bool) -> str:
             os.unlink(temporary)
 
 
+def remove_files(names: list[str]) -> None:
+    """Remove files that this run has written; empties the list."""
+    while names:
+        try:
+            os.unlink(names.pop())
+        except OSError:
+            continue
+
+
 def place(temporary: str, name: str) -> None:
     """Give a finished file its name, unless the name is taken (FileExistsError)."""
     try:
@@ -2007,6 +2312,16 @@ def save_image(output: Output, content: bytes, picture: Picture) -> Saved:
         message = f"{output.path} could not be written ({error.strerror or error}); {where}"
         raise JobError(Failure("write", message, maybe_billed=True)) from None
     return Saved(name, len(content), picture.width, picture.height, picture.format, picture.alpha)
+
+
+def save_partial(name: str, encoded: str) -> bool:
+    """Write a draft of a streamed image; one that cannot be written is not worth a failure."""
+    try:
+        content, _ = decode_image({"b64_json": encoded})
+        write_file(name, content, replace=True)
+    except (JobError, OSError):
+        return False
+    return True
 
 
 class Landing(NamedTuple):
@@ -2079,6 +2394,18 @@ def saved_file(name: str) -> Saved | None:
 # --------------------------------------------------------------------------------------- 12. report
 
 
+def redacted(text_: str) -> str:
+    """Return a text without the key, whoever quotes it."""
+    secret = os.environ.get("OPENAI_API_KEY", "")
+    return text_.replace(secret, "[key]") if len(secret) >= MIN_SECRET else text_
+
+
+def tell(line: str) -> None:
+    """Print one line on stderr; control characters are shown, not obeyed."""
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in redacted(line))
+    print("".join(shown), file=sys.stderr, flush=True)
+
+
 def record(outcome: Done | Failed | Skipped) -> dict[str, Any]:
     """Return an outcome as a line of --json; references/cli.md documents it."""
     job, delivery = outcome.job, outcome.delivery
@@ -2091,6 +2418,7 @@ def record(outcome: Done | Failed | Skipped) -> dict[str, Any]:
         "model": job.request.model,
         "outputs": [image._asdict() for image in delivery.images],
         "outputs_downscaled": [image._asdict() for image in delivery.copies],
+        "partials": list(delivery.partials),
         "attempts": delivery.attempts,
         "seconds": round(delivery.seconds, 3),
         "request_id": delivery.request_id,
@@ -2119,7 +2447,6 @@ class Report:
 
         self.total = total
         self.options = options
-        self.secret = os.environ.get("OPENAI_API_KEY", "")
         self.clock = time.monotonic
         self.started = self.clock()
         self.terminal = sys.stderr.isatty() and not options.quiet
@@ -2160,11 +2487,11 @@ class Report:
         """Print what remains to be said at the end of the run."""
         done, failed, skipped = self.counts.values()
         if halted is not None and skipped:
-            self.error(f"{skipped} jobs were not sent: {halted.message}")
+            self.error(f"{counted(skipped, 'job')} not sent: {halted.message}")
         elapsed = duration(self.clock() - self.started)
         self.note(
-            f"{self.total} jobs: {done} done, {failed} failed, {skipped} skipped; "
-            f"{self.images} images, {self.tokens:,} tokens, {elapsed}"
+            f"{counted(self.total, 'job')}: {done} done, {failed} failed, {skipped} skipped; "
+            f"{counted(self.images, 'image')}, {counted(self.tokens, 'token')}, {elapsed}"
         )
         if self.interrupted or (self.incomplete and halted is not None):
             force = " instead of --force" if self.options.force else ""
@@ -2175,22 +2502,20 @@ class Report:
         """Return 130 when interrupted, else 1 when an image is missing."""
         return 130 if self.interrupted else int(self.incomplete)
 
-    def result(self, line: str) -> None:
-        """Print a line on stdout; a reader that has gone does not end a paid run."""
+    def result(self, text_: str) -> None:
+        """Print on stdout; a reader that has gone does not end a paid run."""
         self.clear()
         if self.stdout_open:
             try:
-                print(line, flush=True)
+                print(redacted(text_), flush=True)
             except OSError:
                 self.stdout_open = False
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
     def say(self, line: str) -> None:
-        """Print a line on stderr; the key never appears, whoever quotes it."""
+        """Print a line on stderr."""
         self.clear()
-        if self.secret:
-            line = line.replace(self.secret, "[key]")
-        print(line, file=sys.stderr, flush=True)
+        tell(line)
 
     def note(self, line: str) -> None:
         """Print progress."""
@@ -2263,7 +2588,8 @@ def contact_sheet(outcomes: Sequence[Done | Failed | Skipped], suffix_format: st
             offset = ((edge - thumbnail.width) // 2, (edge - thumbnail.height) // 2)
             sheet.paste(thumbnail, (left + offset[0], top + offset[1]), thumbnail)
         else:
-            state = "not sent" if isinstance(outcome, Skipped) else "failed"
+            unmade = "not sent" if isinstance(outcome, Skipped) else "failed"
+            state = "no preview" if image else unmade
             draw.rectangle((left, top, left + edge, top + edge), "#ffe5e5", "#c00000")
             draw.text((left + 8, top + 8), state, "#c00000", font)
         name = os.path.basename(image.path) if image else outcome.job.request.title
@@ -2343,7 +2669,7 @@ class Run:
             self.halt.stop_run(Failure("interrupted", "interrupted", retryable=True))
             if self.sending:
                 self.report.note(
-                    f"Interrupted: waiting for {len(self.sending)} requests in flight, which are "
+                    f"Interrupted: waiting for {counted(len(self.sending), 'request')} in flight, "
                     "paid for; interrupt again to drop them"
                 )
             return
@@ -2355,13 +2681,16 @@ async def exchange_images(job: Job, run: Run, exchange: Exchange) -> Landing:
     """Send a job and save what comes. Holds a slot for the network call only."""
     import asyncio
 
+    loop = asyncio.get_running_loop()
     async with run.slots:
+        exchange.started = loop.time()
         with run.in_flight():
             spool = await send(job, run, exchange)
-    loop = asyncio.get_running_loop()
     landing = await loop.run_in_executor(run.savers, save_answer, job, spool)
     if landing.failure is not None and landing.failure.kind == "write":
         run.halt.stop_run(landing.failure)  # images that cannot be saved should not be bought
+    if landing.failure is None and not run.options.keep_partials:
+        remove_files(exchange.partials)
     return landing
 
 
@@ -2425,7 +2754,6 @@ async def run_job(job: Job, run: Run) -> Done | Failed | Skipped:
     import asyncio
 
     clock = asyncio.get_running_loop().time
-    started = clock()
     exchange = Exchange(run.options.max_wait)
     async with run.backlog:
         landing = await landing_of(job, run, exchange)
@@ -2434,9 +2762,10 @@ async def run_job(job: Job, run: Run) -> Done | Failed | Skipped:
     delivery = Delivery(
         images=tuple(image for _, image in images_on_disk(job, landing)),
         copies=tuple(copies),
+        partials=tuple(exchange.partials),
         warnings=landing.warnings,
         attempts=exchange.attempts,
-        seconds=clock() - started,
+        seconds=0.0 if exchange.started is None else clock() - exchange.started,
         request_id=exchange.request_id,
         usage=usage if isinstance(usage, dict) else None,
         size=landing.answer.get("size"),
@@ -2545,7 +2874,20 @@ def run_command(arguments: dict[str, Any]) -> int:
     """Read the jobs, plan and check them all, then print them or run them."""
     options = run_options(arguments)
     batch = arguments["command"] == "generate-batch"
-    drafts, problems = read_jobs(arguments) if batch else ([single_draft(arguments)], [])
+    drafts: list[Draft] = []
+    problems: list[tuple[int, str]] = []
+    try:
+        os.getcwd()
+        if batch:
+            drafts, problems = read_jobs(arguments)
+        else:
+            drafts = [single_draft(arguments)]
+    except UsageError as error:
+        problems = [(0, problem) for problem in error.problems]
+    except FileNotFoundError:
+        raise UsageError(
+            ["the current directory does not exist any more; change to another"]
+        ) from None
     jobs = [plan_outputs(draft, options) for draft in drafts]
     report = Report(len(jobs), options)
     for warning in preflight(drafts, jobs, options, problems):
@@ -2568,17 +2910,20 @@ def run_command(arguments: dict[str, Any]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         return run_command(vars(build_parser().parse_args(argv)))
     except UsageError as error:
         for problem in error.problems:
-            print(f"Error: {problem}", file=sys.stderr)
+            tell(f"Error: {problem}")
         return 2
     except KeyboardInterrupt:
-        print("Interrupted before anything was sent.", file=sys.stderr)
+        tell("Interrupted before anything was sent.")
         return 130
 
 
