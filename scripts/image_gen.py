@@ -26,17 +26,25 @@ import os
 import re
 import sys
 from contextlib import asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import (
+        AsyncIterator,
+        Callable,
+        Container,
+        Iterable,
+        Iterator,
+        Mapping,
+        Sequence,
+    )
     from concurrent.futures import ThreadPoolExecutor
     from contextlib import ExitStack
     from io import FileIO
-    from typing import BinaryIO, NoReturn
+    from typing import BinaryIO, Literal, NoReturn
 
-    from openai.types import Batch, FilePurpose
+    from openai.types import Batch
     from PIL import Image
 
 # The records are named tuples: importing dataclasses alone would double the time of a dry run.
@@ -142,18 +150,37 @@ class ModelFamily(NamedTuple):
     transparent: bool = True
     markup: bool = False
     fidelities: tuple[str, ...] = ()  # as documented; empty: input_fidelity has to be left out
+    models: tuple[str, ...] = ()  # where no model has the plain name of the family
     shut_down: str = ""  # ISO date
     successor: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The models as a user can ask for them, with their end."""
+        names = self.models or (self.prefix,)
+        return tuple(f"{name} until {self.shut_down}" if self.shut_down else name for name in names)
 
 
 OLD_SIZES = ("1024x1024", "1536x1024", "1024x1536", "auto")
 NEW_QUALITIES = ("low", "medium", "high", "xhigh", "max", "auto")
-SUCCESSOR = "gpt-image-2.5-flare or gpt-image-2.5-sunburst"
+SUCCESSOR = "gpt-image-2.5-sunburst or gpt-image-2.5-flare"
 
 # Newest first: a model that no row knows gets the rules of the first row.
 MODEL_FAMILIES = (
-    ModelFamily("gpt-image-2.6", NEW_QUALITIES, tuple(FORMATS), markup=True),
-    ModelFamily("gpt-image-2.5", NEW_QUALITIES, tuple(FORMATS), markup=True),
+    ModelFamily(
+        "gpt-image-2.6",
+        NEW_QUALITIES,
+        tuple(FORMATS),
+        markup=True,
+        models=("gpt-image-2.6-sunburst", "gpt-image-2.6-flare"),
+    ),
+    ModelFamily(
+        "gpt-image-2.5",
+        NEW_QUALITIES,
+        tuple(FORMATS),
+        markup=True,
+        models=("gpt-image-2.5-sunburst", "gpt-image-2.5-flare"),
+    ),
     ModelFamily("gpt-image-2", transparent=False),
     ModelFamily(
         "gpt-image-1.5",
@@ -298,7 +325,8 @@ class RunOptions(NamedTuple):
     batch_api: bool = False
     no_wait: bool = False
     cancel: bool = False
-    resumes: bool = False  # goes on with what the folder has submitted
+    resumes: str | None = None  # the run of the folder that goes on
+    submitted: bool = False  # all of it, so that the input images are not needed any more
     out_dir: str | None = None
     concurrency: int = DEFAULT_CONCURRENCY
     max_attempts: int = DEFAULT_ATTEMPTS
@@ -332,6 +360,7 @@ class Output(NamedTuple):
     partials: tuple[str, ...] = ()
     replace: bool = False
     replace_copy: bool = False
+    collected: bool = False  # it may have been written before, from the same answer
 
 
 class Job(NamedTuple):
@@ -357,6 +386,7 @@ class Picture(NamedTuple):
     height: int
     alpha: bool
     whole: bool
+    turned: bool = False  # a photograph stored on its side
 
     @property
     def size(self) -> str:
@@ -733,7 +763,8 @@ def add_batch_options(parser: Parser) -> None:
         type=path,
         metavar="FILE",
         required=True,
-        help=f"JSONL, one job a line, at most {MAX_JOBS}: an object, a string or plain text",
+        help="JSONL, one job a line: an object, a string or plain text; at most "
+        f"{MAX_JOBS}, {MAX_BATCH_API_JOBS:,} with --batch-api",
     )
     group.add_argument(
         "--concurrency",
@@ -942,11 +973,9 @@ def no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON value")
 
 
-def short_number(digits: str) -> int:
-    """Refuse numbers that no option has; Python would not even convert the longest."""
-    if len(digits) > MAX_DIGITS:
-        raise ValueError(f"a number of {len(digits):,} digits")
-    return int(digits)
+def number(digits: str) -> int | float:
+    """Read a number of any length; Python would refuse to convert the longest to an int."""
+    return int(digits) if len(digits) <= MAX_DIGITS else float(digits)
 
 
 def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -967,7 +996,7 @@ def parse_job_line(line: str | UnicodeDecodeError) -> dict[str, Any]:
         job = json.loads(
             line,
             parse_constant=no_constant,
-            parse_int=short_number,
+            parse_int=number,
             object_pairs_hook=no_duplicates,
         )
     except RecursionError:
@@ -1150,10 +1179,9 @@ def probe(file: BinaryIO) -> Picture | None:
         alpha = head[25] in (4, 6) or png_has_transparency_chunk(file)
         return Picture("png", width, height, alpha, tail[4:] == b"IEND\xaeB`\x82")
     if head.startswith(b"\xff\xd8\xff"):
-        width, height = jpeg_size(file)
-        return Picture(
-            "jpeg", width, height, alpha=False, whole=tail.rstrip(b"\0").endswith(b"\xff\xd9")
-        )
+        width, height, turned = jpeg_head(file)
+        whole = width > 0 and tail.rstrip(b"\0").endswith(b"\xff\xd9")
+        return Picture("jpeg", width, height, alpha=False, whole=whole, turned=turned)
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         width, height, alpha = webp_size(head)
         return Picture("webp", width, height, alpha, size >= little_endian(head[4:8]) + 8)
@@ -1194,20 +1222,37 @@ def png_has_transparency_chunk(file: BinaryIO) -> bool:
     return False
 
 
-def jpeg_size(file: BinaryIO) -> tuple[int, int]:
-    """Read the frame header, SOF0 to SOF15 without DHT, JPG and DAC (ITU T.81, B.1.1)."""
+def jpeg_head(file: BinaryIO) -> tuple[int, int, bool]:
+    """Read width, height, and whether the picture is stored on its side (ITU T.81, B.1.1)."""
+    turned = False
     file.seek(2)
     while file.read(1) == b"\xff":
         while (marker := file.read(1)) == b"\xff":  # any number of fill bytes
             continue
-        if not marker:
-            break
         length = big_endian(file.read(2))
+        if not marker or length < 2:
+            break
+        # SOF0 to SOF15, without DHT, JPG and DAC
         if marker[0] in range(0xC0, 0xD0) and marker[0] not in (0xC4, 0xC8, 0xCC):
             frame = file.read(5)
-            return big_endian(frame[3:5]), big_endian(frame[1:3])
-        file.seek(length - 2, os.SEEK_CUR)
-    return 0, 0
+            return big_endian(frame[3:5]), big_endian(frame[1:3]), turned
+        segment = file.tell()
+        if marker == b"\xe1":
+            turned = turned or exif_turns(file.read(length - 2))
+        file.seek(segment + length - 2)
+    return 0, 0, turned
+
+
+def exif_turns(segment: bytes) -> bool:
+    """Tell whether an APP1 segment's Orientation (tag 0x0112) is 5 to 8, a quarter turn."""
+    order: Literal["little", "big"] = "little" if segment[6:8] == b"II" else "big"
+    tag, kind = (number.to_bytes(2, order) for number in (0x0112, 3))
+    found = re.search(re.escape(tag + kind) + rb".{4}(..)", segment, re.DOTALL)
+    return (
+        segment.startswith(b"Exif\0\0")
+        and found is not None
+        and int.from_bytes(found[1], order) in range(5, 9)
+    )
 
 
 def webp_size(head: bytes) -> tuple[int, int, bool]:
@@ -1239,7 +1284,9 @@ def svg_picture(file: BinaryIO) -> Picture | None:
     if root is None:
         return None
     width, height = (
-        int(float(match[1])) if (match := re.search(rf'\s{edge}="([0-9.]+)(px)?"', root[0])) else 0
+        int(match[1])
+        if (match := re.search(rf'\s{edge}="([0-9]{{1,6}})(\.[0-9]*)?(px)?"', root[0]))
+        else 0
         for edge in ("width", "height")
     )
     return Picture("svg", width, height, alpha=True, whole=content.rstrip().endswith("</svg>"))
@@ -1301,11 +1348,10 @@ def check_size(request: ImageRequest, family: ModelFamily) -> Iterator[Finding]:
 def check_transparency(request: ImageRequest, family: ModelFamily) -> Iterator[Finding]:
     """Check that the model can make a transparent background."""
     if request.background == "transparent" and not family.transparent:
-        able = [row.prefix for row in MODEL_FAMILIES if row.transparent and not row.shut_down]
+        able = listing(name for row in MODEL_FAMILIES if row.transparent for name in row.names)
         yield Finding(
-            f"background transparent is not supported by {request.model}; use --model "
-            f"{SUCCESSOR} (families with it: {listing(able)}; gpt-image-1.5 until 2026-12-01), or "
-            "ask for a flat key colour and cut it out with remove_chroma_key.py"
+            f"background transparent is not supported by {request.model}; use a --model that has "
+            f"it ({able}), or ask for a flat key colour and cut it out with remove_chroma_key.py"
         )
 
 
@@ -1366,6 +1412,11 @@ def check_model(request: ImageRequest) -> Iterator[Finding]:
             f"{family.prefix}, and the API decides",
             fatal=False,
         )
+    elif request.model == family.prefix and family.models:
+        yield Finding(
+            f"model {request.model} is a family; its models are {listing(family.models)}",
+            fatal=False,
+        )
     if family.shut_down:
         yield from check_shut_down(request.model, family)
     if request.quality not in family.qualities:
@@ -1378,8 +1429,8 @@ def check_model(request: ImageRequest) -> Iterator[Finding]:
     yield from check_transparency(request, family)
     yield from check_fidelity(request, family)
     if request.markup is not None and not family.markup:
-        able = [row.prefix for row in MODEL_FAMILIES if row.markup]
-        yield Finding(f"markup is not supported by {request.model}; use {' or '.join(able)}")
+        able = listing(name for row in MODEL_FAMILIES if row.markup for name in row.names)
+        yield Finding(f"markup is not supported by {request.model}; models with it: {able}")
 
 
 def check_shut_down(model: str, family: ModelFamily) -> Iterator[Finding]:
@@ -1499,13 +1550,12 @@ def check_overlay(
     if not overlay.picture.alpha:
         yield Finding(f"{key} {name} has no alpha channel; it has to be a transparent PNG")
     if first.picture and overlay.picture.size != first.picture.size:
-        turned = first.picture._replace(width=first.picture.height, height=first.picture.width)
-        # A photograph may be stored on its side, and its mask be drawn upright.
-        rotated = first.picture.format == "jpeg" and overlay.picture.size == turned.size
+        upright = first.picture._replace(width=first.picture.height, height=first.picture.width)
+        drawn_upright = first.picture.turned and overlay.picture.size == upright.size
         yield Finding(
             f"{key} {name} is {overlay.picture.size}, the first image {first.picture.size}; "
             "they have to be of one size",
-            fatal=not rotated,
+            fatal=not drawn_upright,
         )
     if overlay.picture.format != "png":
         yield Finding(f"{key} {name} is no PNG; the API documents PNG only", fatal=False)
@@ -1526,25 +1576,33 @@ def check_run(options: RunOptions) -> Iterator[Finding]:
         if not 1 <= value <= limit:
             yield Finding(f"--{key} {value}: accepted are 1 to {limit}")
     if options.downscale_max_dim is not None:
-        if options.downscale_max_dim < 1:
-            yield Finding(
-                f"--downscale-max-dim {options.downscale_max_dim}: accepted are 1 and more"
-            )
-        if not options.downscale_suffix:
-            yield Finding(
-                "--downscale-suffix is empty: the copy would overwrite the original; "
-                f"give a suffix such as {DEFAULT_DOWNSCALE_SUFFIX}"
-            )
-        elif "/" in options.downscale_suffix or os.sep in options.downscale_suffix:
-            yield Finding(
-                f"--downscale-suffix {options.downscale_suffix}: no path separator, please"
-            )
-    for key, given in (("no-wait", options.no_wait), ("cancel", options.cancel)):
-        if given and not options.batch_api:
-            yield Finding(f"--{key} goes with --batch-api")
+        yield from check_downscaling(options.downscale_max_dim, options.downscale_suffix)
     sheet = options.contact_sheet
     if sheet is not None and name_format(sheet) not in PICTURE_FORMATS:
         yield Finding(f"--contact-sheet {sheet}: the name has to end with .png, .jpg or .webp")
+    other_concurrency = options.concurrency != DEFAULT_CONCURRENCY
+    for key, given, meant, fatal in (
+        ("no-wait", options.no_wait, options.batch_api, True),
+        ("cancel", options.cancel, options.batch_api, True),
+        ("concurrency", other_concurrency, not options.batch_api, False),
+        ("fail-fast", options.fail_fast, not options.batch_api, False),
+    ):
+        if given and not meant:
+            without = "out" if options.batch_api else ""
+            yield Finding(f"--{key} has a meaning with{without} --batch-api only", fatal=fatal)
+
+
+def check_downscaling(max_dim: int, suffix: str) -> Iterator[Finding]:
+    """Check the size and the name of the downscaled copies."""
+    if max_dim < 1:
+        yield Finding(f"--downscale-max-dim {max_dim}: accepted are 1 and more")
+    if not suffix:
+        yield Finding(
+            "--downscale-suffix is empty: the copy would overwrite the original; "
+            f"give a suffix such as {DEFAULT_DOWNSCALE_SUFFIX}"
+        )
+    elif "/" in suffix or os.sep in suffix:
+        yield Finding(f"--downscale-suffix {suffix}: no path separator, please")
 
 
 def check_folder(folder: str) -> Iterator[Finding]:
@@ -1670,7 +1728,8 @@ def preflight(
     found += [(0, finding) for finding in check_run(options)]
     for draft in drafts:
         found += [(draft.line, finding) for finding in check_draft(draft, options)]
-        found += [(draft.line, finding) for finding in check_inputs(draft.request, inspect)]
+        if not options.submitted:
+            found += [(draft.line, finding) for finding in check_inputs(draft.request, inspect)]
     found += [(job.line if job else 0, finding) for job, finding in check_outputs(jobs, options)]
     if not options.dry_run:
         pillow = options.downscale_max_dim is not None or options.contact_sheet is not None
@@ -1682,16 +1741,20 @@ def preflight(
 
 
 def folded(findings: Iterable[tuple[int, str]]) -> list[str]:
-    """Return each text once, with the first line it concerns and the number of the others."""
+    """Return each text once, with the lines that it concerns."""
     lines: dict[str, list[int]] = {}
     for line, finding in findings:
         if line not in lines.setdefault(finding, []):
             lines[finding].append(line)
-    return [
-        f"{place_of(places[0])}{finding}"
-        + (f" (and {counted(len(places) - 1, 'more job')})" if len(places) > 1 else "")
-        for finding, places in lines.items()
-    ]
+    return [place_of(places[0]) + finding + others(places[1:]) for finding, places in lines.items()]
+
+
+def others(lines: Sequence[int]) -> str:
+    """Name further lines, the first ten of them."""
+    if not lines:
+        return ""
+    more = f" and {len(lines) - 10:,} more" if len(lines) > 10 else ""
+    return f" (also line{'' if len(lines) == 1 else 's'} {listing(map(str, lines[:10]))}{more})"
 
 
 # --------------------------------------------------------------------------------------- 8. dry run
@@ -2029,6 +2092,12 @@ class Spool:
             self._file.close()
 
 
+def gave_up(last: Failure) -> JobError:
+    """Return the error of what has waited long enough, for the last reason that it had."""
+    message = f"gave up, --max-wait is spent: {last.message}"
+    return JobError(last._replace(message=message, retryable=True))
+
+
 class Exchange:
     """What happens between a job and the API, kept up while it happens."""
 
@@ -2045,9 +2114,7 @@ class Exchange:
 
     def gave_up(self) -> JobError:
         """Return the error of a job that waited long enough."""
-        failure = self.last or Failure("rate_limit", "rate limit")
-        message = f"gave up, --max-wait is spent: {failure.message}"
-        return JobError(failure._replace(message=message, retryable=True))
+        return gave_up(self.last or Failure("rate_limit", "rate limit"))
 
 
 def upload(stack: ExitStack, name: str, sent_name: str) -> tuple[str, BinaryIO, str]:
@@ -2259,6 +2326,8 @@ def scaled(image: Image.Image, max_dim: int) -> Image.Image:
     """Return an image whose longer edge is max_dim, in a mode that resizing and saving keep."""
     from PIL import Image
 
+    if image.mode.startswith("I"):  # 16 bits of grey
+        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
     if image.mode not in ("L", "LA", "RGB", "RGBA"):
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     scale = max_dim / max(image.size)
@@ -2332,7 +2401,7 @@ def free_names(name: str) -> Iterator[str]:
         number += 1
 
 
-def write_file(name: str, content: bytes, *, replace: bool) -> str:
+def write_file(name: str, content: bytes, *, replace: bool, sync: bool = False) -> str:
     """Write a whole file or none, and return its name.
 
     Without replace, a file that stands there already is kept, even if it came a moment ago: the new
@@ -2346,6 +2415,9 @@ def write_file(name: str, content: bytes, *, replace: bool) -> str:
     try:
         with open(temporary, "xb") as file:
             file.write(content)
+            if sync:  # for what has to outlive a power cut
+                file.flush()
+                os.fsync(file.fileno())
         if replace:
             os.replace(temporary, name)
             return name
@@ -2392,10 +2464,23 @@ def rescue(name: str, content: bytes) -> str | None:
         return None
 
 
+def holds(name: str, content: bytes) -> bool:
+    """Tell whether a file has this very content, as after a collection that was interrupted."""
+    try:
+        if os.path.getsize(name) != len(content):
+            return False
+        with open(name, "rb") as file:
+            return file.read() == content
+    except OSError:
+        return False
+
+
 def save_image(output: Output, content: bytes, picture: Picture) -> Saved:
     """Write one original, byte for byte as it came."""
     try:
-        name = write_file(output.path, content, replace=output.replace)
+        name = output.path
+        if not (output.collected and holds(name, content)):
+            name = write_file(name, content, replace=output.replace)
     except OSError as error:
         saved = rescue(output.path, content)
         where = f"it was saved as {saved}" if saved else "it is lost"
@@ -2439,7 +2524,7 @@ def save_answer(job: Job, answer: dict[str, Any]) -> Landing:
     for index in range(len(data)):
         output = job.missing[min(index, len(job.missing) - 1)]
         if index >= len(job.missing):
-            output = output._replace(replace=False)
+            output = output._replace(replace=False, collected=False)
         item, data[index] = data[index], None
         try:
             content, picture = decode_image(item)
@@ -2472,9 +2557,9 @@ def save_copy(original: Saved, name: str, max_dim: int, *, replace: bool) -> Sav
 
 
 def saved_file(name: str) -> Saved | None:
-    """Describe an image that is on disk."""
+    """Describe an image that is on disk, if it is whole."""
     picture = probe_file(name)
-    if picture is None:
+    if picture is None or not picture.whole:
         return None
     size = os.path.getsize(name)
     return Saved(name, size, picture.width, picture.height, picture.format, picture.alpha)
@@ -2492,7 +2577,16 @@ def redacted(text_: str) -> str:
 def tell(line: str) -> None:
     """Print one line on stderr; control characters are shown, not obeyed."""
     shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in redacted(line))
-    print("".join(shown), file=sys.stderr, flush=True)
+    write_stderr("".join(shown) + "\n")
+
+
+def write_stderr(text_: str) -> None:
+    """Write on stderr; a reader that has gone does not end a paid run."""
+    try:
+        sys.stderr.write(text_)
+        sys.stderr.flush()
+    except OSError:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
 def record(outcome: Outcome) -> dict[str, Any]:
@@ -2521,11 +2615,11 @@ def record(outcome: Outcome) -> dict[str, Any]:
 
 def duration(seconds_: float) -> str:
     """Return seconds as people say them."""
-    if seconds_ < 60:
+    if round(seconds_, 1) < 60:
         return f"{seconds_:.1f} s"
-    minutes = round(seconds_) // 60
+    minutes, rest = divmod(round(seconds_), 60)
     hours = f"{minutes // 60} h " if minutes >= 60 else ""
-    return f"{hours}{minutes % 60} min {round(seconds_) % 60} s"
+    return f"{hours}{minutes % 60} min {rest} s"
 
 
 class Report:
@@ -2551,7 +2645,8 @@ class Report:
         """Report the end of a job."""
         job, delivery = outcome.job, outcome.delivery
         self.counts[type(outcome)] += 1
-        self.tokens += (delivery.usage or {}).get("total_tokens") or 0
+        tokens = (delivery.usage or {}).get("total_tokens")
+        self.tokens += tokens if isinstance(tokens, int) else 0
         for warning in delivery.warnings:
             self.warn(f"{job.where}{warning}")
         if not isinstance(outcome, Skipped):
@@ -2584,9 +2679,10 @@ class Report:
             f"{counted(self.total, 'job')}: {done} done, {failed} failed, {skipped} skipped; "
             f"{counted(self.images, 'image')}, {counted(self.tokens, 'token')}, {elapsed}"
         )
-        if self.interrupted or self.unfinished or (self.incomplete and halted is not None):
+        if self.interrupted or self.unfinished or (self.incomplete and (resume or self.total > 1)):
             force = " instead of --force" if self.options.force else ""
-            self.error(resume or f"To resume, repeat the command with --skip-existing{force}.", "")
+            again = f"To resume, repeat the command with --skip-existing{force}."
+            self.error(resume or again, label="")
 
     @property
     def exit_code(self) -> int:
@@ -2634,7 +2730,7 @@ class Report:
     def clear(self) -> None:
         """Take the status line off the terminal."""
         if self.terminal:
-            sys.stderr.write("\r\x1b[K")
+            write_stderr("\r\x1b[K")
 
     def status(self) -> None:
         """Show how the run stands, on a terminal."""
@@ -2650,8 +2746,7 @@ class Report:
         if done:
             left = (now - self.started) / done * (self.total - done)
             parts.append(f"about {duration(left)} left")
-        sys.stderr.write("\r\x1b[K" + " · ".join(parts))
-        sys.stderr.flush()
+        write_stderr("\r\x1b[K" + " · ".join(parts))
 
 
 def contact_sheet(outcomes: Sequence[Outcome], suffix_format: str) -> bytes:
@@ -2686,7 +2781,7 @@ def contact_sheet(outcomes: Sequence[Outcome], suffix_format: str) -> bytes:
             draw.rectangle((left, top, left + edge, top + edge), "#ffe5e5", "#c00000")
             draw.text((left + 8, top + 8), state, "#c00000", font)
         name = os.path.basename(image.path) if image else outcome.job.request.title
-        caption = f"{outcome.job.number} {name}"
+        caption = one_line(f"{outcome.job.number} {name[:80]}")
         while draw.textlength(caption, font) > edge and len(caption) > 1:
             caption = caption[:-2] + "…"
         draw.text((left, top + edge + 3), caption, "#202020", font)
@@ -2768,10 +2863,10 @@ class Run:
         if not self.report.interrupted:
             self.report.interrupted = True
             self.halt.stop_run(Failure("interrupted", "interrupted", retryable=True))
-            if self.sending:
+            if self.report.in_flight:
                 self.report.note(
-                    f"Interrupted: waiting for {counted(len(self.sending), 'request')} in flight, "
-                    "paid for; interrupt again to drop them"
+                    f"Interrupted: {counted(self.report.in_flight, 'request')} in flight will be "
+                    "waited for, being paid for; interrupt again to drop them"
                 )
             return
         for task in filter(None, self.sending):
@@ -2825,12 +2920,21 @@ async def landing_of(job: Job, run: Run, exchange: Exchange) -> Landing:
 
 def images_on_disk(job: Job, landing: Landing) -> Iterator[tuple[Output, Saved]]:
     """Yield the images of a job: those that came now, and those that were there before."""
+    missing = {output.path for output in job.missing}
     for output in job.outputs:
         image = landing.images.get(output.path)
-        if image is None and output not in job.missing:
+        if image is None and output.path not in missing:
             image = saved_file(output.path)
         if image is not None:
             yield output, image
+
+
+def newer_copy(name: str, original: str) -> Saved | None:
+    """Describe the copy of an image, if it is whole and was made after it."""
+    try:
+        return saved_file(name) if os.path.getmtime(name) >= os.path.getmtime(original) else None
+    except OSError:
+        return None
 
 
 async def make_copies(job: Job, landing: Landing, run: Run) -> tuple[list[Saved], Failure | None]:
@@ -2845,7 +2949,8 @@ async def make_copies(job: Job, landing: Landing, run: Run) -> tuple[list[Saved]
     for output, image in images_on_disk(job, landing):
         if output.copy is None or max_dim is None:
             continue
-        copy = None if output.path in landing.images else saved_file(output.copy)
+        fresh = output.path in landing.images and not output.collected
+        copy = None if fresh else newer_copy(output.copy, image.path)
         try:
             copy = copy or await loop.run_in_executor(
                 run.copiers,
@@ -2989,10 +3094,10 @@ def write_contact_sheet(
         report.result(f"Wrote {name}")
 
 
-# -------------------------------------------------------------- 13b. run, through the Batch API
+# ------------------------------------------------------------------ 13b. run, through the Batch API
 # Jobs are submitted in files of lines, and their answers come as files of lines within a day. What
 # has been submitted stands in a state file in the out dir, written before and after each step, so
-# that the same command goes on where a process died and no job is submitted twice.
+# that the same command goes on where a process died, and no job is submitted twice.
 
 STATE_NAME = ".image_gen-batch.json"
 STATE_VERSION = 1
@@ -3003,6 +3108,9 @@ MAX_POLL_SECONDS = 60.0
 ENDED = ("completed", "failed", "expired", "cancelled")
 RUN_KEY, SHARD_KEY = "image_gen_run", "image_gen_shard"  # of a batch's metadata
 LIST_MARGIN_SECONDS = 3600  # clocks differ
+LINES_AT_ONCE = 4  # a line holds all images of a job, so this bounds the memory
+# What a batch says of a request or of itself, and that may go well at another time.
+PASSING_CODES = ("batch_expired", "batch_cancelled", "token_limit_exceeded")
 
 
 class Shard(NamedTuple):
@@ -3034,6 +3142,16 @@ class BatchState:
         self.force: bool = content["force"]
 
     @property
+    def submitted(self) -> bool:
+        """Whether every batch exists."""
+        return self.planned and all(shard.batch_id or shard.settled for shard in self.shards)
+
+    @property
+    def untouched(self) -> bool:
+        """Whether no batch can exist."""
+        return not any(shard.creating or shard.batch_id for shard in self.shards)
+
+    @property
     def finished(self) -> bool:
         """Whether nothing remains to be submitted or collected."""
         return self.planned and all(shard.settled for shard in self.shards)
@@ -3051,7 +3169,7 @@ class BatchState:
             "planned": self.planned,
             "force": self.force,
         }
-        write_file(self.path, json.dumps(content).encode(), replace=True)
+        write_file(self.path, json.dumps(content).encode(), replace=True, sync=True)
 
     def change(self, index: int, **values: object) -> None:
         """Note how far a shard has got."""
@@ -3070,8 +3188,36 @@ def load_state(folder: str) -> BatchState | None:
         return BatchState(folder, content)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError([f"{name} cannot be read ({one_line(error)}); move it away"]) from None
+
+
+def new_state(
+    folder: str, jobs: Sequence[Job], options: RunOptions, uploads: Mapping[str, str]
+) -> BatchState:
+    """Begin a run for what is missing."""
+    import secrets
+    import time
+
+    submitted = {
+        job.number: [job.outputs.index(output) for output in job.missing]
+        for job in jobs
+        if job.missing
+    }
+    content = {
+        "run": secrets.token_hex(8),
+        "started": int(time.time()),
+        "digests": job_digests(jobs),
+        "variants": submitted,
+        "uploads": uploads,
+        "shards": [],
+        "planned": not submitted,
+        "force": options.force,
+    }
+    state = BatchState(folder, content)
+    if submitted:
+        state.save()
+    return state
 
 
 def file_digest(name: str) -> str:
@@ -3082,26 +3228,38 @@ def file_digest(name: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def job_digest(job: Job, digest: Callable[[str], str]) -> str:
-    """Return a digest of a job; digest gives that of a file."""
+def job_digests(jobs: Iterable[Job]) -> dict[int, str]:
+    """Return a digest of all that each job asks for, however much of it is on disk already.
+
+    A job whose input images are gone has an empty one.
+    """
+    import functools
     import hashlib
 
-    request = job.request._replace(n=len(job.outputs))
-    asked = [
-        request.endpoint,
-        request.payload,
-        [digest(name) for name in request.files],
-        [os.path.basename(output.path) for output in job.outputs],
-    ]
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    digest_of = functools.cache(file_digest)
+    digests = {}
+    for job in jobs:
+        request = job.request._replace(n=len(job.outputs))
+        names = [os.path.basename(output.path) for output in job.outputs]
+        try:
+            files = [digest_of(name) for name in request.files]
+        except OSError:
+            digests[job.number] = ""
+            continue
+        asked = json.dumps([request.endpoint, request.payload, files, names], sort_keys=True)
+        digests[job.number] = hashlib.sha256(asked.encode()).hexdigest()[:24]
+    return digests
 
 
-def job_digests(jobs: Iterable[Job]) -> dict[int, str]:
-    """Return a digest of all that each job asks for, however much of it is on disk already."""
-    import functools
-
-    digest = functools.cache(file_digest)
-    return {job.number: job_digest(job, digest) for job in jobs}
+def changed_jobs(state: BatchState, jobs: Sequence[Job]) -> list[Job]:
+    """Return the jobs that are not what a run has submitted."""
+    digests = job_digests(jobs)
+    gone = len(state.digests) > len(jobs)
+    return [
+        job
+        for job in jobs
+        if gone or digests[job.number] not in ("", state.digests.get(job.number))
+    ] or list(jobs[:1] if gone else ())
 
 
 def continued(options: RunOptions, jobs: Sequence[Job]) -> RunOptions:
@@ -3109,47 +3267,24 @@ def continued(options: RunOptions, jobs: Sequence[Job]) -> RunOptions:
 
     A run goes on until it is finished; after that its command finds it finished, unless it asks for
     a new one by --force or --skip-existing. What a run has written is no obstacle to its going on.
-    With --force it is written again, since nothing tells it from what was there before.
     """
     state = load_state(options.out_dir or ".") if options.batch_api else None
+    if options.cancel and (state is None or state.finished):
+        raise UsageError(
+            [f"--cancel: {options.out_dir} has submitted nothing that is not collected"]
+        )
     if state is None:
         return options
-    if state.finished:
-        try:
-            same = state.digests == job_digests(jobs)
-        except OSError:  # an input file has gone; preflight says so
-            same = False
-        if not same or options.force or options.skip_existing or options.cancel:
-            return options
-    return options._replace(skip_existing=not state.force, force=state.force, resumes=True)
-
-
-def new_state(
-    folder: str, jobs: Sequence[Job], digests: Mapping[int, str], *, force: bool
-) -> BatchState:
-    """Begin a run for what is missing."""
-    import secrets
-    import time
-
-    state = BatchState(
-        folder,
-        {
-            "run": secrets.token_hex(8),
-            "started": int(time.time()),
-            "digests": digests,
-            "variants": {
-                job.number: [job.outputs.index(output) for output in job.missing]
-                for job in jobs
-                if job.missing
-            },
-            "uploads": {},
-            "shards": [],
-            "planned": False,
-            "force": force,
-        },
+    changed = bool(changed_jobs(state, jobs))
+    again = options.force or options.skip_existing
+    if (state.finished and (changed or again)) or (state.untouched and changed):
+        return options
+    return options._replace(
+        skip_existing=not state.force,
+        force=state.force,
+        resumes=state.run,
+        submitted=state.submitted,
     )
-    state.save()
-    return state
 
 
 @contextmanager
@@ -3164,28 +3299,35 @@ def locked(folder: str) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
     except BlockingIOError:
+        os.close(descriptor)
         raise UsageError([f"another process works on {folder}; wait for it, or end it"]) from None
+    except OSError:  # a network disk without locks
+        pass
+    try:
+        yield
     finally:
         os.close(descriptor)
 
 
-def plan_shards(jobs: Iterable[Job], file_ids: Mapping[str, str]) -> list[Shard]:
-    """Fill as few batches as the limits allow; a batch has one endpoint and one model."""
-    groups: dict[tuple[str, str], list[list[int]]] = {}
-    sizes: dict[tuple[str, str], int] = {}
-    for job in jobs:
-        key = (job.request.endpoint, job.request.model)
-        size = len(encoded_line(job, file_ids))
-        shards = groups.setdefault(key, [[]])
-        full = sizes.get(key, 0) + size > MAX_BATCH_BYTES or len(shards[-1]) >= MAX_BATCH_LINES
-        if full and shards[-1]:
-            shards.append([])
-            sizes[key] = 0
-        shards[-1].append(job.number)
-        sizes[key] = sizes.get(key, 0) + size
-    return [Shard(tuple(numbers), key[0]) for key, shards in groups.items() for numbers in shards]
+def open_state(folder: str, jobs: Sequence[Job], options: RunOptions) -> BatchState:
+    """Go on with the run of a folder, if it is the same, or begin one."""
+    state = load_state(folder)
+    if options.resumes is None:
+        if state is not None and not state.finished and not state.untouched:
+            raise UsageError([f"another process has begun a run in {folder}; repeat the command"])
+        return new_state(folder, jobs, options, state.uploads if state else {})
+    if state is None or state.run != options.resumes:
+        raise UsageError([f"another process has begun a run in {folder}; repeat the command"])
+    if changed := changed_jobs(state, jobs):
+        problem = (
+            f"{changed[0].where}the jobs are not those that {folder} has submitted and not "
+            f"collected ({counted(len(changed), 'change')}): go on with the former --input, take "
+            "another --out-dir, or end that run with --cancel and the former --input; to give up "
+            f"its images, delete {state.path}"
+        )
+        raise UsageError([problem])
+    return state
 
 
 def encoded_line(job: Job, file_ids: Mapping[str, str]) -> bytes:
@@ -3193,153 +3335,198 @@ def encoded_line(job: Job, file_ids: Mapping[str, str]) -> bytes:
     return json.dumps(batch_line(job, file_ids), ensure_ascii=False).encode() + b"\n"
 
 
+def plan_shards(jobs: Iterable[Job], file_ids: Mapping[str, str]) -> list[Shard]:
+    """Fill as few batches as the limits allow; a batch has one endpoint and one model."""
+    shards: list[tuple[str, list[int]]] = []
+    filling: dict[tuple[str, str], tuple[list[int], int]] = {}
+    for job in jobs:
+        key = (job.request.endpoint, job.request.model)
+        size = len(encoded_line(job, file_ids))
+        numbers, filled = filling.get(key, ([], MAX_BATCH_BYTES))
+        if filled + size > MAX_BATCH_BYTES or len(numbers) >= MAX_BATCH_LINES:
+            numbers, filled = [], 0
+            shards.append((job.request.endpoint, numbers))
+        numbers.append(job.number)
+        filling[key] = numbers, filled + size
+    return [Shard(tuple(numbers), endpoint) for endpoint, numbers in shards]
+
+
 class Result(NamedTuple):
     """One line of an output or error file, with the images of it that are on disk now."""
 
     custom_id: str
+    job: Job | None  # None: no job of this batch
     landing: Landing
     request_id: str | None = None
+    executed: bool = True
 
 
-def read_result(line: bytes, submitted: Mapping[str, Job], folder: str) -> Result:
+def fields(value: object) -> dict[str, Any]:
+    """Return an object of an answer, an empty one where something else stands."""
+    return value if isinstance(value, dict) else {}
+
+
+def read_result(
+    line: bytes, waiting: dict[str, Job], known: Container[str], folder: str
+) -> Result | None:
     """Save what a line of an output or error file holds. Runs in a worker thread.
 
-    Raises a ValueError for a line that is none, as at the end of a file that was cut off.
+    Takes the line's job out of waiting; None stands for a job whose result has come before. Raises
+    a ValueError for a line that is none, as at the end of a file that was cut off.
     """
-    content = json.loads(line)
-    custom_id = content.get("custom_id") if isinstance(content, dict) else None
+    content = fields(json.loads(line))
+    custom_id = content.get("custom_id")
     if not isinstance(custom_id, str):
         raise ValueError("no custom_id")  # noqa: TRY004
-    response = content.get("response") or {}
-    request_id = response.get("request_id")
-    status = response.get("status_code") or 0
+    job = waiting.pop(custom_id, None)
+    if job is None and custom_id in known:
+        return None
+    response, error = fields(content.get("response")), fields(content.get("error"))
+    request_id = str(response.get("request_id") or "") or None
+    if not response:
+        code = str(error.get("code") or "batch_error")
+        message = one_line(error.get("message") or "the batch has no answer for this job")
+        failure = Failure(code, message, code, retryable=code in PASSING_CODES)
+        return Result(custom_id, job, Landing(failure=failure), executed=False)
+    body, status = response.get("body"), response.get("status_code")
     if status != 200:
-        said = (response.get("body") or {}).get("error") or content.get("error") or {}
-        return Result(custom_id, Landing(failure=judge(status, said).failure), request_id)
+        said = fields(body).get("error") or error or body
+        verdict = judge(status if isinstance(status, int) else 0, said)
+        return Result(custom_id, job, Landing(failure=verdict.failure), request_id)
     try:
-        answer = checked_answer(response.get("body"))
-        if custom_id in submitted:
-            landing = save_missing(submitted[custom_id], answer)
-        else:
-            landing = save_answer(stray_job(custom_id, folder, len(answer["data"])), answer)
-    except JobError as error:
-        landing = Landing(failure=error.failure)
-    return Result(custom_id, landing, request_id)
-
-
-def save_missing(job: Job, answer: dict[str, Any]) -> Landing:
-    """Save those images of a job that an earlier collection has not saved already."""
-    data = answer["data"]
-    there = {
-        output.path: saved
-        for output in job.missing
-        if not output.replace and (saved := saved_file(output.path))
-    }
-    kept = [data[i : i + 1] for i, output in enumerate(job.missing) if output.path not in there]
-    answer["data"] = [item for items in kept for item in items] + data[len(job.missing) :]
-    rest = tuple(output for output in job.missing if output.path not in there)
-    if not rest:
-        return Landing(there, answer=answer)
-    landing = save_answer(job._replace(missing=rest), answer)
-    return landing._replace(images={**there, **landing.images})
+        answer = checked_answer(body)
+        landing = save_answer(job or stray_job(custom_id, folder, len(answer["data"])), answer)
+    except JobError as problem:
+        landing = Landing(failure=problem.failure)
+    return Result(custom_id, job, landing, request_id)
 
 
 def stray_job(custom_id: str, folder: str, count: int) -> Job:
     """Stand in for the job of a result that nobody asked for here: it may have been paid for."""
     names = [f"unmatched-{slugify(custom_id)}-{number}.png" for number in range(1, count + 1)]
-    outputs = tuple(Output(os.path.join(folder, name)) for name in names)
+    outputs = tuple(Output(os.path.join(folder, name), collected=True) for name in names)
     return Job(0, 0, ImageRequest(custom_id, custom_id), outputs, outputs)
 
 
+def trouble(error: Exception) -> Verdict:
+    """Judge an error of the calls that are not about one image."""
+    import openai
+
+    if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+        return Verdict("fail", Failure("disk", f"the disk failed: {one_line(error)}"))
+    verdict = classify(error)
+    if isinstance(error, openai.APIStatusError) and verdict.action == "stop model":
+        said = fields(error.body).get("message") or error.message
+        message = f"the Batch API, HTTP {error.status_code}: {one_line(said)}"
+        return Verdict("fail", verdict.failure._replace(kind="batch_api", message=message))
+    return verdict
+
+
 class BatchRun:
-    """A run through the Batch API, in the order of its steps."""
+    """A run through the Batch API: its steps, from top to bottom."""
 
     def __init__(self, run: Run, state: BatchState, jobs: Mapping[int, Job], folder: str) -> None:
         self.run = run
         self.state = state
         self.jobs = jobs
         self.folder = folder
-        # Asking again is harmless for all but creating a batch: there the SDK may do it.
-        self.patient = run.client.with_options(max_retries=run.options.max_attempts - 1)
-        self.counts: dict[int, str] = {}
+        # To ask again is harmless in every call but the creation of a batch.
+        self.retrying = run.client.with_options(max_retries=run.options.max_attempts - 1)
+        self.refused: dict[int, Failure] = {}  # shards that could not be submitted
+        self.shown: dict[int, str] = {}
 
-    def submitted(self, shard: Shard) -> dict[str, Job]:
-        """Return the jobs of a shard by custom_id, with the outputs that were asked for."""
+    def asked(self, index: int) -> dict[str, Job]:
+        """Return the jobs of a shard by custom_id, with the outputs that were submitted."""
         found = {}
-        for number in shard.numbers:
+        for number in self.state.shards[index].numbers:
             job = self.jobs[number]
-            asked = tuple(job.outputs[index] for index in self.state.variants[number])
-            found[f"job-{number}"] = job._replace(missing=asked)
+            outputs = tuple(
+                job.outputs[variant]._replace(collected=True)
+                for variant in self.state.variants[number]
+            )
+            request = job.request._replace(n=len(outputs))
+            found[f"job-{number}"] = job._replace(request=request, missing=outputs)
         return found
 
-    async def upload(
-        self, name: str, file: BinaryIO, content_type: str, purpose: FilePurpose
-    ) -> str:
-        """Upload a file and return its id."""
-        self.run.halt.check()
-        uploaded = await self.patient.files.create(file=(name, file, content_type), purpose=purpose)
-        return uploaded.id
-
-    async def upload_inputs(self) -> dict[str, str]:
-        """Upload each distinct input image once; return the file ids by path."""
-        from contextlib import ExitStack
-
-        file_ids = {}
-        for name in {
-            name for number in self.state.variants for name in self.jobs[number].request.files
-        }:
-            digest = file_digest(name)
-            if digest not in self.state.uploads:
-                with ExitStack() as stack:
-                    sent_name, file, content_type = upload(stack, name, "input")
-                    file_id = await self.upload(sent_name, file, content_type, "vision")
-                self.state.uploads[digest] = file_id
-                self.state.save()
-            file_ids[name] = self.state.uploads[digest]
-        return file_ids
-
     async def submit(self) -> None:
-        """Create the batches that do not exist yet."""
-        if self.state.planned and all(shard.batch_id for shard in self.state.shards):
-            return
-        file_ids = await self.upload_inputs()
+        """Create the batches that do not exist yet; a refused one does not stop the others."""
+        import httpx2
+        import openai
+
         if not self.state.planned:
             jobs = [self.jobs[number] for number in self.state.variants]
+            file_ids = await self.upload_inputs(jobs)
             self.state.shards = plan_shards(jobs, file_ids)
             self.state.planned = True
             self.state.save()
         for index, shard in enumerate(self.state.shards):
-            if shard.settled:
+            if shard.settled or shard.batch_id:
                 continue
-            if shard.file_id is None:
-                self.state.change(index, file_id=await self.upload_lines(index, file_ids))
-            if shard.batch_id is None:
+            try:
+                if shard.file_id is None:
+                    jobs = list(self.asked(index).values())
+                    file_id = await self.upload_lines(index, jobs, await self.upload_inputs(jobs))
+                    self.state.change(index, file_id=file_id)
                 await self.create(index)
+            except (openai.APIError, httpx2.HTTPError) as error:
+                verdict = trouble(error)
+                self.refused[index] = verdict.failure
+                if verdict.action == "stop run":
+                    return
+            except StoppedError:
+                raise
+            except JobError as error:
+                self.refused[index] = error.failure
 
-    async def upload_lines(self, index: int, file_ids: Mapping[str, str]) -> str:
+    async def upload_inputs(self, jobs: Iterable[Job]) -> dict[str, str]:
+        """Upload each distinct input image once; return the file ids by path."""
+        from contextlib import ExitStack
+
+        file_ids = {}
+        uploads = self.state.uploads
+        for name in dict.fromkeys(name for job in jobs for name in job.request.files):
+            digest = file_digest(name)
+            if digest not in uploads:
+                self.run.halt.check()
+                with ExitStack() as stack:
+                    part = upload(stack, name, "input")
+                    uploaded = await self.retrying.files.create(file=part, purpose="vision")
+                uploads[digest] = uploaded.id
+                # A lost note of an upload costs an upload; a note of each of thousands, hours.
+                if len(uploads) < 100 or len(uploads) % 100 == 0:
+                    self.state.save()
+            file_ids[name] = uploads[digest]
+        return file_ids
+
+    async def upload_lines(
+        self, index: int, jobs: Iterable[Job], file_ids: Mapping[str, str]
+    ) -> str:
         """Upload the jobs of a shard, one a line, and return the file's id."""
         import tempfile
 
-        with tempfile.NamedTemporaryFile() as file:
-            for job in self.submitted(self.state.shards[index]).values():
-                request = job.request._replace(n=len(job.missing))
-                file.write(encoded_line(job._replace(request=request), file_ids))
-            file.flush()
-            with open(file.name, "rb") as lines:  # noqa: ASYNC230
-                name = f"image_gen-{self.state.run}-{index}.jsonl"
-                return await self.upload(name, lines, "application/jsonl", "batch")
+        self.run.halt.check()
+        with tempfile.TemporaryFile(dir=self.folder) as file:
+            for job in jobs:
+                file.write(encoded_line(job, file_ids))
+            file.seek(0)
+            name = f"image_gen-{self.state.run}-{index}.jsonl"
+            lines = cast("BinaryIO", file)
+            uploaded = await self.retrying.files.create(
+                file=(name, lines, "application/jsonl"), purpose="batch"
+            )
+        return uploaded.id
 
     async def create(self, index: int) -> None:
         """Create a batch, once: after a doubtful attempt, look first whether it exists."""
         import httpx2
         import openai
 
-        run, attempts = self.run, 0
+        run, attempts, patience = self.run, 0, self.run.options.max_wait
         while True:
             shard = self.state.shards[index]
-            if shard.creating and (batch_id := await self.find(index)):
-                self.state.change(index, batch_id=batch_id)
-                return
+            batch_id = await self.find(index) if shard.creating else None
+            if batch_id is not None:
+                break
             run.halt.check()
             self.state.change(index, creating=True)
             try:
@@ -3350,21 +3537,26 @@ class BatchRun:
                     metadata={RUN_KEY: self.state.run, SHARD_KEY: str(index)},
                 )
             except (openai.APIError, httpx2.HTTPError) as error:
-                verdict = classify(error)
-                attempts += verdict.action != "wait"
-                if verdict.action not in ("retry", "wait") or attempts >= run.options.max_attempts:
-                    raise
+                verdict = trouble(error)
+                attempts += verdict.action == "retry"
                 delay = retry_delay(verdict, attempts + 1)
+                patience -= delay
+                hopeless = verdict.action not in ("retry", "wait")
+                if hopeless or attempts >= run.options.max_attempts:
+                    raise
+                if patience < 0:
+                    raise gave_up(verdict.failure) from None
                 run.report.note(f"{verdict.failure.message}; again in {delay:.1f} s")
                 await run.halt.sleep(delay)
             else:
-                self.state.change(index, batch_id=batch.id)
-                run.report.note(f"batch {batch.id}: {counted(len(shard.numbers), 'job')} submitted")
-                return
+                batch_id = batch.id
+                break
+        self.state.change(index, batch_id=batch_id)
+        run.report.note(f"batch {batch_id}: {counted(len(shard.numbers), 'job')} submitted")
 
     async def find(self, index: int) -> str | None:
         """Look for a batch whose creation was not answered, by its metadata."""
-        async for batch in self.patient.batches.list(limit=100):
+        async for batch in self.retrying.batches.list(limit=100):
             metadata = batch.metadata or {}
             if (metadata.get(RUN_KEY), metadata.get(SHARD_KEY)) == (self.state.run, str(index)):
                 return batch.id
@@ -3374,139 +3566,220 @@ class BatchRun:
 
     async def cancel(self) -> None:
         """Cancel what is not settled; what was never created is settled by that."""
+        import openai
+
+        self.state.planned = True
         for index, shard in enumerate(self.state.shards):
             if shard.settled:
                 continue
             batch_id = shard.batch_id or (await self.find(index) if shard.creating else None)
-            if batch_id is None:
-                self.state.change(index, settled=True)
-                continue
-            self.state.change(index, batch_id=batch_id)
-            batch = await self.patient.batches.retrieve(batch_id)
-            if batch.status not in (*ENDED, "cancelling"):
-                await self.patient.batches.cancel(batch_id)
-                self.run.report.note(f"batch {batch_id}: cancelling")
-        self.state.planned = True
+            self.state.change(index, batch_id=batch_id, settled=batch_id is None)
+            if batch_id is not None:
+                try:
+                    await self.run.client.batches.cancel(batch_id)
+                    self.run.report.note(f"batch {batch_id}: cancelling")
+                except openai.ConflictError:  # it has ended by itself, and is collected as it is
+                    continue
         self.state.save()
 
     async def collect(self) -> AsyncIterator[Outcome]:
         """Poll until all batches have ended; yield the outcomes of each as it ends."""
-        delay = 0.0
-        halt, options = self.run.halt, self.run.options
-        while unsettled := [i for i, shard in enumerate(self.state.shards) if not shard.settled]:
+        import httpx2
+        import openai
+
+        delay, silent_since = 0.0, None
+        halt, options, clock = self.run.halt, self.run.options, self.run.gate.clock
+        left = [i for i, shard in enumerate(self.state.shards) if shard.batch_id]
+        left = [i for i in left if not self.state.shards[i].settled]
+        while left:
             await halt.sleep(delay)
-            halt.check()
-            left = len(unsettled)
-            for index in unsettled:
-                batch = await self.patient.batches.retrieve(self.state.shards[index].batch_id or "")
+            delay = min(MAX_POLL_SECONDS, max(POLL_SECONDS, delay * 1.5))
+            for index in list(left):
+                halt.check()
+                try:
+                    batch_id = self.state.shards[index].batch_id or ""
+                    batch = await self.retrying.batches.retrieve(batch_id)
+                    silent_since = None
+                except (openai.APIError, httpx2.HTTPError) as error:
+                    verdict = trouble(error)
+                    silent_since = silent_since or clock()
+                    lasting = clock() - silent_since > options.max_wait
+                    if verdict.action not in ("retry", "wait") or lasting or options.no_wait:
+                        raise
+                    self.run.report.note(f"{verdict.failure.message}; the batches go on")
+                    continue
                 self.show(index, batch)
                 if batch.status in ENDED:
+                    left.remove(index)
                     async for outcome in self.collect_shard(index, batch):
                         yield outcome
-                    left -= 1
-            if options.no_wait or not left:
+            if options.no_wait:
                 return
-            delay = min(MAX_POLL_SECONDS, max(POLL_SECONDS, delay * 1.5))
 
     def show(self, index: int, batch: Batch) -> None:
         """Tell how a batch stands, when that has changed."""
-        counts = batch.request_counts
-        numbers = (
-            f", {counts.completed}/{counts.total} done, {counts.failed} failed" if counts else ""
-        )
-        line = f"batch {batch.id}: {batch.status}{numbers}"
-        if self.counts.get(index) != line:
-            self.counts[index] = line
+        done = batch.request_counts
+        counts = f", {done.completed}/{done.total} done, {done.failed} failed" if done else ""
+        line = f"batch {batch.id}: {batch.status}{counts}"
+        if self.shown.get(index) != line:
+            self.shown[index] = line
             self.run.report.note(line)
 
     async def collect_shard(self, index: int, batch: Batch) -> AsyncIterator[Outcome]:
         """Save all results of an ended batch, join them to their jobs, and name what is missing."""
-        waiting = self.submitted(self.state.shards[index])
+        waiting = self.asked(index)
+        known = frozenset(waiting)
         whole = True
         for file_id in filter(None, (batch.output_file_id, batch.error_file_id)):
-            async for result in self.results(file_id, waiting):
-                if result is None:
+            async for outcome in self.results(file_id, waiting, known):
+                if isinstance(outcome, BaseException):
                     whole = False
-                    continue
-                job = waiting.pop(result.custom_id, None)
-                if job is None:
-                    where = listing(image.path for image in result.landing.images.values())
-                    self.run.report.warn(
-                        f"batch {batch.id}: a result for {result.custom_id}, which is no job "
-                        f"of it{f'; kept as {where}' if where else ''}"
-                    )
-                    continue
-                exchange = Exchange(0.0)
-                exchange.attempts, exchange.request_id = 1, result.request_id
-                yield await settle(job, result.landing, exchange, self.run)
+                    if not isinstance(outcome, ValueError):
+                        raise outcome
+                elif outcome is not None:
+                    # What could not be written is still there to be fetched once more.
+                    whole &= not (isinstance(outcome, Failed) and outcome.failure.kind == "write")
+                    yield outcome
         if whole and (batch.status != "completed" or not waiting):
             self.state.change(index, settled=True)
+        failure_of = self.missing_results(index, batch)
         for job in waiting.values():
-            failure = self.missing_result(index, batch, job)
-            yield await settle(job, Landing(failure=failure), Exchange(0.0), self.run)
+            landing = Landing(failure=failure_of(job.number))
+            yield await settle(job, landing, Exchange(0.0), self.run)
 
-    def missing_result(self, index: int, batch: Batch, job: Job) -> Failure:
-        """Say why a job has no line in the files of its batch."""
-        said: list[str] = []
-        for error in (batch.errors.data if batch.errors else None) or []:
-            at = error.line
-            number = self.state.shards[index].numbers[at - 1] if at else None
-            if number in (None, job.number):
-                said.insert(0, one_line(error.message))
-            else:
-                said.append(f"job {number}: {one_line(error.message)}")
-        reasons = f": {'; '.join(said[:3])}" if said else ""
+    def missing_results(self, index: int, batch: Batch) -> Callable[[int], Failure]:
+        """Return what says why a job has no line in the files of its batch."""
         if batch.status == "completed":
-            return Failure(
+            lost = Failure(
                 "bad_answer",
-                f"batch {batch.id} has no result for this job; run the command again to fetch it "
-                f"once more, or delete {self.state.path} to submit it anew",
+                f"batch {batch.id} has no result for this job; repeat the command to fetch it once "
+                f"more, or delete {self.state.path} and submit it anew with --skip-existing",
                 retryable=True,
                 maybe_billed=True,
             )
-        return Failure(
-            f"batch_{batch.status}",
-            f"batch {batch.id} {batch.status}{reasons}",
-            retryable=batch.status != "failed",
-        )
+            return lambda _number: lost
+        numbers = self.state.shards[index].numbers
+        own: dict[int, tuple[str, str | None]] = {}
+        general = []
+        errors = (batch.errors.data if batch.errors else None) or []
+        for error in errors:
+            said = one_line(error.message or error.code)
+            if error.line and error.line <= len(numbers):
+                own[numbers[error.line - 1]] = said, error.code
+                said = f"job {numbers[error.line - 1]}: {said}"
+            general.append(said)
+        status = f"batch_{batch.status}"
+        first = next((error.code for error in errors if error.code), status)
+        everything = "; ".join(general[:3]), first
+
+        def failure_of(number: int) -> Failure:
+            said, code = own.get(number, everything)
+            message = f"batch {batch.id} {batch.status}" + (f": {said}" if said else "")
+            passing = bool({status, code} & {*PASSING_CODES})
+            return Failure(status, message, code or status, retryable=passing)
+
+        return failure_of
 
     async def results(
-        self, file_id: str, submitted: Mapping[str, Job]
-    ) -> AsyncIterator[Result | None]:
-        """Save the results of a file, some at a time; None stands for a line that is none."""
+        self, file_id: str, waiting: dict[str, Job], known: Container[str]
+    ) -> AsyncIterator[Outcome | BaseException | None]:
+        """Save the results of a file, some at a time; yield what each line has come to."""
         import asyncio
         import tempfile
 
-        loop = asyncio.get_running_loop()
-        jobs = dict(submitted)
-        most = 2 * (os.cpu_count() or 1)
-        pending: set[asyncio.Future[Result]] = set()
-        with tempfile.TemporaryFile() as file:
-            async with self.patient.files.with_streaming_response.content(file_id) as response:
-                async for chunk in response.iter_bytes():
-                    file.write(chunk)
+        pending: set[asyncio.Task[Outcome | None]] = set()
+        with tempfile.TemporaryFile(dir=self.folder) as file:
+            await self.download(file_id, cast("BinaryIO", file))
             file.seek(0)
-            lines = iter(file)
-            line: bytes | None = b""
-            while line is not None or pending:
-                while line is not None and len(pending) < most:
+            try:
+                for line in filter(bytes.strip, file):
                     self.run.halt.check()
-                    line = next(lines, None)
-                    if line and line.strip():
-                        pending.add(
-                            loop.run_in_executor(
-                                self.run.savers, read_result, line, jobs, self.folder
-                            )
+                    pending.add(asyncio.create_task(self.result(line, waiting, known)))
+                    if len(pending) >= LINES_AT_ONCE:
+                        ended, pending = await asyncio.wait(
+                            pending, return_when=asyncio.FIRST_COMPLETED
                         )
-                if pending:
-                    ended, pending = await asyncio.wait(
-                        pending, return_when=asyncio.FIRST_COMPLETED
-                    )
-                    for future in ended:
-                        try:
-                            yield future.result()
-                        except ValueError:
-                            yield None
+                        for task in ended:
+                            yield task.exception() or task.result()
+            finally:
+                rest = await asyncio.gather(*pending, return_exceptions=True)
+            for outcome in rest:
+                yield outcome
+
+    async def download(self, file_id: str, file: BinaryIO) -> None:
+        """Stream a file to disk, from its begin again when the connection breaks."""
+        import httpx2
+        import openai
+
+        attempts = 0
+        while True:
+            try:
+                contents = self.retrying.files.with_streaming_response
+                async with contents.content(file_id) as response:
+                    async for chunk in response.iter_bytes():
+                        self.run.halt.check()
+                        file.write(chunk)
+            except (openai.APIError, httpx2.HTTPError) as error:
+                verdict = trouble(error)
+                attempts += 1
+                if verdict.action != "retry" or attempts >= self.run.options.max_attempts:
+                    raise
+                file.seek(0)
+                file.truncate()
+                await self.run.halt.sleep(retry_delay(verdict, attempts))
+            else:
+                return
+
+    async def result(
+        self, line: bytes, waiting: dict[str, Job], known: Container[str]
+    ) -> Outcome | None:
+        """Save the images of a line, and their copies; raise a ValueError if it is none."""
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(
+            self.run.savers, read_result, line, waiting, known, self.folder
+        )
+        if found is None:
+            return None
+        if found.job is None:
+            kept = listing(image.path for image in found.landing.images.values())
+            self.run.report.warn(
+                f"a result for {one_line(found.custom_id)}, which is no job of its batch"
+                f"{f'; kept as {kept}' if kept else ''}"
+            )
+            return None
+        exchange = Exchange(0.0)
+        exchange.attempts, exchange.request_id = int(found.executed), found.request_id
+        outcome = await settle(found.job, found.landing, exchange, self.run)
+        if isinstance(outcome, Failed) and outcome.failure.kind == "write":
+            self.run.failed(outcome.job, outcome.failure)
+        return outcome
+
+    def unsettled(
+        self, job: Job, shards: Mapping[int, int], halted: Failure | None
+    ) -> tuple[Job, Landing, Exchange]:
+        """Return what is to be said of a job that no batch has settled in this process."""
+        exchange = Exchange(0.0)
+        index = shards.get(job.number)
+        shard = None if index is None else self.state.shards[index]
+        collected = shard is not None and shard.settled and shard.batch_id is not None
+        if not job.missing or (collected and all(saved_file(item.path) for item in job.outputs)):
+            return job._replace(missing=()), Landing(), exchange
+        failure = halted or Failure(
+            "cancelled", "cancelled before it was submitted", retryable=True
+        )
+        exchange.untouched = not collected
+        if index is not None and index in self.refused:
+            exchange.untouched = False
+            failure = self.refused[index]
+        elif shard is not None and collected:
+            failure = Failure(
+                "batch_ended", f"batch {shard.batch_id} is collected; its image is not on disk"
+            )
+        elif shard is not None and shard.batch_id:
+            failure = Failure("submitted", f"in batch {shard.batch_id}", retryable=True)
+        return job, Landing(failure=failure), exchange
 
 
 async def run_batches(jobs: Sequence[Job], options: RunOptions, report: Report) -> list[Outcome]:
@@ -3522,89 +3795,58 @@ async def run_batches(jobs: Sequence[Job], options: RunOptions, report: Report) 
     with locked(folder):
         state = open_state(folder, jobs, options)
         async with running(options, report) as run:
+            run.sending.add(asyncio.current_task())  # a second signal ends it at once
             batches = BatchRun(run, state, {job.number: job for job in jobs}, folder)
             try:
-                with run.in_flight():
-                    await (batches.cancel() if options.cancel else batches.submit())
-                    async for outcome in batches.collect():
-                        outcomes[outcome.job.number] = outcome
-                        report.add(outcome)
+                await (batches.cancel() if options.cancel else batches.submit())
+                async for outcome in batches.collect():
+                    outcomes[outcome.job.number] = outcome
+                    report.add(outcome)
             except JobError as error:
                 halted = error.failure
             except (openai.APIError, httpx2.HTTPError, OSError) as error:
-                halted = classify(error).failure
+                halted = trouble(error).failure
             except asyncio.CancelledError:
                 halted = Failure("interrupted", "interrupted", retryable=True)
+            shards = {number: i for i, row in enumerate(state.shards) for number in row.numbers}
             for job in jobs:
                 if job.number not in outcomes:
-                    outcome = await settle(*unsettled(job, batches, halted), run)
+                    outcome = await settle(*batches.unsettled(job, shards, halted), run)
                     outcomes[job.number] = outcome
                     report.add(outcome)
     report.unfinished = options.no_wait and halted is None and not state.finished
-    resume = "To collect the images, repeat the command; to stop the batches, add --cancel to it."
-    report.close(halted, "" if state.finished else resume)
+    report.close(halted, how_to_go_on(state))
     return list(outcomes.values())
 
 
-def open_state(folder: str, jobs: Sequence[Job], options: RunOptions) -> BatchState:
-    """Go on with the run of a folder, if it is the same, or begin one."""
-    digests = job_digests(jobs)
-    state = load_state(folder) if options.resumes else None
-    if state is None:
-        if options.cancel:
-            raise UsageError([f"--cancel: {folder} has nothing submitted that is not collected"])
-        return new_state(folder, jobs, digests, force=options.force)
-    changed = [job for job in jobs if state.digests.get(job.number) != digests[job.number]]
-    if changed or len(jobs) != len(state.digests):
-        first = changed[0].where if changed else ""
-        problem = (
-            f"{first}the jobs are not those that {folder} has submitted and not collected "
-            f"({counted(len(changed), 'change')}): go on with the former --input, take another "
-            "--out-dir, or end that run with --cancel and the former --input; to give up its "
-            f"images, delete {state.path}"
-        )
-        raise UsageError([problem])
-    return state
-
-
-def unsettled(job: Job, batches: BatchRun, halted: Failure | None) -> tuple[Job, Landing, Exchange]:
-    """Return what is to be said of a job that no batch has settled in this process."""
-    exchange = Exchange(0.0)
-    exchange.untouched = True
-    shards = [shard for shard in batches.state.shards if job.number in shard.numbers]
-    collected = any(shard.settled and shard.batch_id for shard in shards)
-    if not job.missing or (collected and all(saved_file(item.path) for item in job.outputs)):
-        return job._replace(missing=()), Landing(), exchange
-    failure = halted or Failure("cancelled", "cancelled before it was submitted", retryable=True)
-    for shard in shards:
-        if shard.settled and shard.batch_id:
-            failure = Failure("batch_failed", f"batch {shard.batch_id} had no image for this job")
-        elif shard.batch_id:
-            failure = Failure("submitted", f"in batch {shard.batch_id}", retryable=True)
-    return job, Landing(failure=failure), exchange
+def how_to_go_on(state: BatchState) -> str:
+    """Say what the next command is."""
+    if state.finished:
+        return "To submit what is missing, repeat the command with --skip-existing."
+    return "To collect the images, repeat the command; to stop the batches, add --cancel to it."
 
 
 # ----------------------------------------------------------------------------------------- 14. main
+
+
+def read_drafts(
+    arguments: dict[str, Any], *, batch: bool
+) -> tuple[list[Draft], list[tuple[int, str]]]:
+    """Read the jobs; what is wrong with them is reported with all other problems."""
+    try:
+        os.getcwd()
+        return read_jobs(arguments) if batch else ([single_draft(arguments)], [])
+    except UsageError as error:
+        return [], [(0, problem) for problem in error.problems]
+    except FileNotFoundError:
+        raise UsageError(["the current directory is gone; change to another"]) from None
 
 
 def run_command(arguments: dict[str, Any]) -> int:
     """Read the jobs, plan and check them all, then print them or run them."""
     options = run_options(arguments)
     batch = arguments["command"] == "generate-batch"
-    drafts: list[Draft] = []
-    problems: list[tuple[int, str]] = []
-    try:
-        os.getcwd()
-        if batch:
-            drafts, problems = read_jobs(arguments)
-        else:
-            drafts = [single_draft(arguments)]
-    except UsageError as error:
-        problems = [(0, problem) for problem in error.problems]
-    except FileNotFoundError:
-        raise UsageError(
-            ["the current directory does not exist any more; change to another"]
-        ) from None
+    drafts, problems = read_drafts(arguments, batch=batch)
     jobs = [plan_outputs(draft, options) for draft in drafts]
     resumed = continued(options, jobs)
     if resumed != options:
@@ -3620,7 +3862,12 @@ def run_command(arguments: dict[str, Any]) -> int:
                 report.note(f"{job.where}nothing to send, its files are there")
         return 0
     import asyncio
+    import signal
+    import threading
 
+    if threading.current_thread() is threading.main_thread():
+        # Until the run takes the signals over, SIGTERM ends the program as Ctrl-C does.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     run = run_batches if options.batch_api else run_jobs
     outcomes = asyncio.run(run(jobs, options, report))
     if options.contact_sheet is not None:

@@ -1,0 +1,654 @@
+"""Section 7: everything that can be known before the first request."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import image_gen
+import pytest
+from conftest import Result, command
+from expectations import (
+    Job,
+    batch,
+    document,
+    documents,
+    edit,
+    files,
+    flag,
+    generate,
+    job_file,
+    messages,
+    picture,
+    problem,
+    problems,
+    warnings,
+)
+from image_gen import MAX_IMAGE_BYTES, MAX_IMAGES, MAX_MASK_BYTES, MAX_NAME_BYTES
+from PIL import Image
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from conftest import Run
+    from images_api import ImagesAPI
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def room() -> str:
+    return picture("room.png")
+
+
+@pytest.fixture
+def ordinary_user() -> Iterator[None]:
+    """A file and a folder that are closed to this process, though root may run the tests."""
+    Path(picture("secret.png")).chmod(0)
+    Path("closed").mkdir(mode=0o555)
+    Path().chmod(0o777)
+    is_root = os.getuid() == 0
+    if is_root:
+        os.setresuid(NOBODY, NOBODY, 0)
+    yield
+    if is_root:
+        os.setresuid(0, 0, 0)
+
+
+# Models and what they take.
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "",
+        "gpt-image",
+        "gpt-image-",
+        "gpt-image--2",
+        "GPT-IMAGE-2",
+        "gpt-image-2 ",
+        " gpt-image-2",
+        "gpt-image-2\n",
+        "dall-e-3",
+        "chatgpt-image-latest",
+    ],
+)
+def test_a_model_that_is_no_gpt_image_model_is_refused(run: Run, model: str) -> None:
+    said = problem(generate(run, "--model", model))
+    assert said.startswith("model ")
+    assert "gpt-image-" in said
+    assert problem(batch(run, {"prompt": "a fox", "model": model})) == f"line 1: {said}"
+
+
+@pytest.mark.parametrize("model", ["gpt-image-9", "gpt-image-20", "gpt-image-3-mini"])
+def test_an_unknown_model_gets_the_newest_rules_and_a_warning(run: Run, model: str) -> None:
+    flags = ("--size", "2048x1152", "--quality", "xhigh", "--background", "transparent")
+    (said,) = warnings(generate(run, "--model", model, *flags))
+    assert model in said
+    assert "the API decides" in said
+
+
+TWO, MINI = "gpt-image-2", "gpt-image-1-mini"
+TWO_FIVE, TWO_SIX = "gpt-image-2.5-flare", "gpt-image-2.6-sunburst"
+FREE = [TWO, "gpt-image-2-2026-04-21", TWO_FIVE, "gpt-image-2.5-sunburst-2026-09-08", TWO_SIX]
+FIXED = ["gpt-image-1", MINI, "gpt-image-1.5", "gpt-image-1.5-2025-12-16"]
+
+
+@pytest.mark.parametrize("model", FREE)
+@pytest.mark.parametrize(
+    "size",
+    [
+        *("auto", "1024x1024", "1536x1024", "1024x1536", "2048x2048", "2048x1152"),
+        pytest.param("1024x640", id="smallest area, 655,360 pixels"),
+        pytest.param("3840x2160", id="largest area, 8,294,400 pixels"),
+        pytest.param("2160x3840", id="largest area, upright"),
+        pytest.param("3840x1280", id="3:1"),
+        pytest.param("1280x3840", id="1:3"),
+    ],
+)
+def test_free_sizes_are_accepted_to_the_last_pixel(run: Run, model: str, size: str) -> None:
+    assert document(generate(run, "--model", model, "--size", size))["size"] == size
+
+
+@pytest.mark.parametrize("model", FREE)
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [
+        pytest.param("1008x640", "645,120 pixels; accepted are 655,360 to 8,294,400", id="small"),
+        pytest.param("3840x2176", "8,355,840 pixels", id="large"),
+        pytest.param("2080x688", "3 times", id="narrow"),
+        pytest.param("688x2080", "3 times", id="narrow, upright"),
+        pytest.param("1000x1008", "multiples of 16", id="width in between"),
+        pytest.param("1024x1025", "multiples of 16, e.g. 1024x1024", id="height in between"),
+        pytest.param("3856x1296", "at most 3840", id="long"),
+    ],
+)
+def test_free_sizes_beyond_a_limit_are_refused_with_the_limit(
+    run: Run, model: str, size: str, says: str
+) -> None:
+    said = problem(generate(run, "--model", model, "--size", size))
+    assert said.startswith(f"size {size}")
+    assert says in said
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        *("", "AUTO", "1024", "1024x", "x1024", "0x0", "-1024x1024", "1024x1024x1", "1024*1024"),
+        *("1024 x 1024", "01024x1024", "1024x1024\n", "１０２４x1024", "9" * 5000 + "x16"),
+    ],
+)
+@pytest.mark.parametrize("model", [TWO, "gpt-image-1.5"])
+def test_what_is_no_size_is_refused(run: Run, model: str, size: str) -> None:
+    said = problem(generate(run, "--model", model, f"--size={size}"))
+    assert said.startswith('size "')
+    assert len(said) < 200
+
+
+@pytest.mark.parametrize("model", FIXED)
+def test_older_models_have_a_list_of_sizes(run: Run, model: str) -> None:
+    for size in ("auto", "1024x1024", "1536x1024", "1024x1536"):
+        assert document(generate(run, "--model", model, "--size", size))["size"] == size
+    said = problem(generate(run, "--model", model, "--size", "2048x2048"))
+    assert "1024x1024, 1536x1024, 1024x1536, auto" in said
+
+
+@pytest.mark.parametrize(("size", "count"), [("2560x1440", 0), ("2576x1440", 1), ("3840x2160", 1)])
+def test_sizes_above_2560x1440_are_called_experimental(run: Run, size: str, count: int) -> None:
+    said = warnings(generate(run, "--size", size))
+    assert len(said) == count
+    assert all("experimental" in each for each in said)
+
+
+@pytest.mark.parametrize(
+    ("model", "accepted"),
+    [
+        *((model, ["low", "medium", "high", "auto"]) for model in [TWO, FREE[1], *FIXED]),
+        *((model, ["low", "medium", "high", "xhigh", "max", "auto"]) for model in FREE[2:]),
+    ],
+)
+def test_qualities_follow_the_family(run: Run, model: str, accepted: list[str]) -> None:
+    for quality in ("low", "medium", "high", "xhigh", "max", "auto", "", "hd", "standard"):
+        result = generate(run, "--model", model, "--quality", quality)
+        if quality in accepted:
+            assert document(result)["quality"] == quality
+        else:
+            said = problem(result)
+            assert said.startswith(f'quality "{quality}"')
+            assert ", ".join(accepted) in said
+
+
+@pytest.mark.parametrize("model", [TWO_FIVE, TWO_SIX, *FIXED])
+def test_a_transparent_background_needs_a_format_with_alpha(run: Run, model: str) -> None:
+    flags = ("--model", model, "--background", "transparent", "--output-format")
+    for output_format in ("png", "webp"):
+        assert document(generate(run, *flags, output_format))["background"] == "transparent"
+    assert "png or webp, not jpeg" in problem(generate(run, *flags, "jpeg"))
+
+
+@pytest.mark.parametrize("model", FREE[:2])
+def test_gpt_image_2_has_no_transparent_background(run: Run, model: str) -> None:
+    said = problem(generate(run, "--model", model, "--background", "transparent"))
+    assert "gpt-image-2.5" in said
+    assert "remove_chroma_key.py" in said
+
+
+@pytest.mark.parametrize(
+    ("model", "fidelity", "outcome"),
+    [
+        ("gpt-image-1.5", "low", "sent"),
+        ("gpt-image-1.5", "high", "sent"),
+        ("gpt-image-1", "high", "sent"),
+        (MINI, "low", "sent"),
+        (MINI, "high", "sent with a warning"),
+        ("gpt-image-1.5", "medium", "refused"),
+        (TWO, "low", "refused"),
+        (TWO, "high", "refused"),
+        (TWO_FIVE, "high", "refused"),
+    ],
+)
+@pytest.mark.usefixtures("room")
+def test_input_fidelity_follows_the_family(
+    run: Run, model: str, fidelity: str, outcome: str
+) -> None:
+    result = edit(run, "--model", model, "--input-fidelity", fidelity)
+    if outcome == "refused":
+        assert "input_fidelity" in problem(result)
+    else:
+        warned = any("input_fidelity" in said for said in warnings(result))
+        assert document(result)["input_fidelity"] == fidelity
+        assert warned == (outcome == "sent with a warning")
+
+
+@pytest.mark.parametrize("key", ["mask", "input_fidelity"])
+@pytest.mark.usefixtures("room")
+def test_what_belongs_to_an_edit_needs_an_image(run: Run, key: str) -> None:
+    job = {"prompt": "a fox", "model": "gpt-image-1.5", key: "high"}
+    assert f"line 1: {key} is for edits" in problem(batch(run, job))
+
+
+@pytest.mark.parametrize(
+    ("days", "says"),
+    [
+        pytest.param(-400, "was shut down on", id="long gone"),
+        pytest.param(-1, "was shut down on", id="just gone"),
+        pytest.param(30, "shuts down on", id="soon"),
+        pytest.param(1000, None, id="far away"),
+    ],
+)
+def test_a_model_that_ends_is_used_with_a_warning_that_names_its_successor(
+    run: Run, monkeypatch: pytest.MonkeyPatch, days: int, says: str | None
+) -> None:
+    day = (datetime.now(UTC).date() + timedelta(days=days)).isoformat()
+    families = [
+        family._replace(shut_down=day) if family.shut_down else family
+        for family in image_gen.MODEL_FAMILIES
+    ]
+    monkeypatch.setattr(image_gen, "MODEL_FAMILIES", families)
+    said = warnings(generate(run, "--model", "gpt-image-1.5"))
+    assert bool(said) == bool(says)
+    for each in said:
+        assert f"gpt-image-1.5 {says} {day}" in each
+        assert "gpt-image-2.5-flare" in each
+
+
+def test_the_end_of_the_first_models_is_known() -> None:
+    ends = {family.prefix: family.shut_down for family in image_gen.MODEL_FAMILIES}
+    assert ends["gpt-image-1"] == "2026-10-23"
+    assert ends[MINI] == ends["gpt-image-1.5"] == "2026-12-01"
+
+
+# Other parameters.
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong", "accepted"),
+    [
+        ("moderation", ["", "LOW", "strict", "high"], "auto, low"),
+        ("background", ["", "pink", "Auto", "none"], "transparent, opaque, auto"),
+        ("output_format", ["", "tiff", ".png", "png "], "png, jpeg, webp"),
+    ],
+)
+def test_words_are_of_their_list(run: Run, key: str, wrong: list[str], accepted: str) -> None:
+    for value in wrong:
+        said = problem(batch(run, {"prompt": "a fox", key: value}))
+        assert said.startswith(f'line 1: {key} "{value}"')
+        assert accepted in said
+        assert f"line 1: {problem(generate(run, flag(key), value))}" == said
+
+
+@pytest.mark.parametrize(
+    ("output_format", "compression", "accepted"),
+    [
+        *((name, value, True) for name in ("jpeg", "webp") for value in (0, 100)),
+        *((name, value, False) for name in ("jpeg", "webp") for value in (-1, 101)),
+        ("png", 50, False),
+        ("png", 0, False),
+    ],
+)
+def test_compression_is_a_percentage_for_formats_that_lose(
+    run: Run, output_format: str, compression: int, *, accepted: bool
+) -> None:
+    job = {"prompt": "a", "output_format": output_format, "output_compression": compression}
+    if accepted:
+        assert document(batch(run, job))["output_compression"] == compression
+    else:
+        assert problem(batch(run, job)).startswith("line 1: output_compression")
+
+
+@pytest.mark.parametrize(
+    ("flags", "job"),
+    [
+        pytest.param(
+            ("--background", "transparent"), {"model": "gpt-image-1.5"}, id="transparent, model"
+        ),
+        pytest.param(("--size", "2048x2048", "--model", MINI), {"model": TWO}, id="size, model"),
+        pytest.param(("--output-compression", "9"), {"output_format": "webp"}, id="compression"),
+        pytest.param(("--output-format", "tiff"), {"output_format": "png"}, id="format"),
+        pytest.param(("--n", "99"), {"n": 1}, id="n"),
+    ],
+)
+def test_what_is_checked_is_what_would_be_sent(
+    run: Run, flags: tuple[str, ...], job: dict[str, Any]
+) -> None:
+    documents(batch(run, {"prompt": "a fox", **job}, flags=flags))
+    assert problem(batch(run, "a fox", flags=flags)).startswith("line 1: ")
+
+
+# Input images.
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        pytest.param("gone.png", None, "No such file", id="missing"),
+        pytest.param(".", None, "is a folder", id="folder"),
+        pytest.param("x" * 300, None, "File name too long", id="300 bytes"),
+        pytest.param("empty.png", b"", "no PNG, JPEG or WebP", id="empty"),
+        pytest.param("text.png", b"a fox", "no PNG, JPEG or WebP", id="text"),
+        pytest.param("page.svg", b"<svg></svg>", "no PNG, JPEG or WebP", id="svg"),
+        pytest.param("a.gif", b"GIF89a\1\0\1\0\0\0\0;", "no PNG, JPEG or WebP", id="gif"),
+        pytest.param("head.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0", "", id="head of a PNG"),
+        pytest.param("bare.jpg", b"\xff\xd8\xff\xe0\0\0\xff\xd9", "", id="JPEG without a frame"),
+    ],
+)
+def test_an_input_that_is_no_image_is_refused(
+    run: Run, room: str, name: str, content: bytes | None, says: str
+) -> None:
+    if content is not None:
+        Path(name).write_bytes(content)
+    said = problem(edit(run, "--image", name, image=room))
+    assert said.startswith(f"image {name} ")
+    assert says in said
+    by_job = problem(batch(run, {"prompt": "a fox", "image": [room, name]}))
+    assert by_job == f"line 1: {said}"
+
+
+@pytest.mark.parametrize("name", ["photo", "photo.txt", "photo.png", "photo.JPG"])
+def test_an_input_is_judged_by_its_bytes_whatever_its_name(run: Run, name: str) -> None:
+    Image.new("RGB", (64, 64)).save(name, "JPEG")
+    assert document(edit(run, image=name))["image"] == [name]
+
+
+@pytest.mark.parametrize("trailer", [b"\n", b"SEFT" * 50, b"\0\0\0\x18ftypmp42" * 9])
+@pytest.mark.parametrize("name", ["photo.jpg", "photo.png", "photo.webp"])
+def test_a_picture_with_a_trailer_is_a_picture(run: Run, name: str, trailer: bytes) -> None:
+    Path(picture(name)).write_bytes(Path(name).read_bytes() + trailer)
+    assert document(edit(run, image=name))["image"] == [name]
+
+
+@pytest.mark.usefixtures("ordinary_user")
+def test_an_input_that_may_not_be_read_is_refused(run: Run) -> None:
+    assert "Permission denied" in problem(edit(run, image="secret.png"))
+
+
+def test_a_pipe_is_no_input_image(run: Run) -> None:
+    os.mkfifo("pipe.png")
+    assert "image pipe.png is no regular file" in problem(edit(run, image="pipe.png"))
+
+
+def test_up_to_16_images_are_accepted(run: Run, room: str) -> None:
+    rest = ["--image", room] * (MAX_IMAGES - 1)
+    assert len(document(edit(run, *rest))["image"]) == MAX_IMAGES == 16
+    assert "17 input images; at most 16" in problem(edit(run, *rest, "--image", room))
+
+
+@pytest.mark.parametrize("role", ["image", "mask"])
+def test_a_file_over_50_mb_is_refused(run: Run, room: str, role: str) -> None:
+    large = picture("large.png", "RGBA")
+    os.truncate(large, 49_000_000)
+    documents(edit(run, f"--{role}", large, image=room))
+    os.truncate(large, MAX_IMAGE_BYTES + 1)
+    said = problem(edit(run, f"--{role}", large, image=room))
+    assert said.startswith(f"{role} large.png has 52,428,801 bytes")
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "size", "says"),
+    [
+        pytest.param("mask.png", "RGB", (64, 64), "no alpha", id="RGB"),
+        pytest.param("mask.png", "L", (64, 64), "no alpha", id="grey"),
+        pytest.param("mask.jpg", "RGB", (64, 64), "no alpha", id="JPEG"),
+        pytest.param("mask.png", "RGBA", (64, 63), "64x63, the first image 64x64", id="size"),
+    ],
+)
+@pytest.mark.usefixtures("room")
+def test_a_mask_without_alpha_or_of_another_size_is_refused(
+    run: Run, name: str, mode: str, size: tuple[int, int], says: str
+) -> None:
+    said = problem(edit(run, "--mask", picture(name, mode, size)))
+    assert said.startswith(f"mask {name} ")
+    assert says in said
+
+
+@pytest.mark.parametrize("name", ["gone.png", ".", "jobs.txt"])
+@pytest.mark.usefixtures("room")
+def test_a_mask_that_is_no_image_is_refused(run: Run, name: str) -> None:
+    Path("jobs.txt").write_text("text")
+    assert problem(edit(run, "--mask", name)).startswith(f"mask {name} ")
+
+
+@pytest.mark.usefixtures("room")
+def test_a_mask_belongs_to_the_first_image(run: Run) -> None:
+    mask, other = picture("mask.png", "RGBA"), picture("other.png", size=(32, 32))
+    assert document(edit(run, "--image", other, "--mask", mask))["mask"] == mask
+    assert "the first image 32x32" in problem(
+        edit(run, "--image", "room.png", "--mask", mask, image=other)
+    )
+
+
+@pytest.mark.parametrize("name", ["upright.png", "upright.jpg"])
+def test_a_mask_that_lies_across_its_image_is_refused(run: Run, name: str) -> None:
+    mask = picture("mask.png", "RGBA", (64, 32))
+    said = problem(edit(run, "--mask", mask, image=picture(name, size=(32, 64))))
+    assert "64x32, the first image 32x64" in said
+
+
+def test_a_mask_may_be_drawn_over_a_photograph_as_it_is_seen(run: Run) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to see it upright
+    Image.new("RGB", (64, 32)).save("photo.jpg", exif=exif)
+    mask = picture("mask.png", "RGBA", (32, 64))
+    assert document(edit(run, "--mask", mask, image="photo.jpg"))["mask"] == mask
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_behind", "says"),
+    [
+        pytest.param("mask.webp", 0, "mask.webp is no PNG", id="no PNG"),
+        pytest.param("mask.png", MAX_MASK_BYTES, "less than 4,194,304", id="over 4 MB"),
+    ],
+)
+@pytest.mark.usefixtures("room")
+def test_a_mask_that_the_api_may_not_take_is_sent_with_a_warning(
+    run: Run, name: str, bytes_behind: int, says: str
+) -> None:
+    mask = Path(picture(name, "RGBA"))
+    mask.write_bytes(mask.read_bytes() + b"\0" * bytes_behind)
+    assert any(says in said for said in warnings(edit(run, "--mask", name)))
+
+
+# Outputs.
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(("--out", "room.png"), id="file"),
+        pytest.param(("--out", "room-web.png", "--n", "2"), id="a variant"),
+        pytest.param(("--out", "other.png", "--downscale-max-dim", "9"), id="downscaled copy"),
+        pytest.param(
+            (
+                "--out",
+                "dangling.png",
+            ),
+            id="link to nowhere",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("room")
+def test_an_output_that_exists_is_refused_without_force(run: Run, flags: tuple[str, ...]) -> None:
+    picture("room-web-2.png")
+    picture("other-web.png")
+    os.symlink("nowhere", "dangling.png")
+    said = problem(generate(run, *flags))
+    assert " exists; " in said
+    assert "--force" in said
+    documents(generate(run, *flags, "--force"))
+
+
+def test_a_batch_of_which_one_output_exists_sends_nothing(run_process: Run, api: ImagesAPI) -> None:
+    picture("out/there.png")
+    jobs = job_file("a fox", {"prompt": "a cat", "out": "there"}, "a dog")
+    before = files()
+    result = run_process("generate-batch", "--input", jobs, "--out-dir", "out")
+    assert problem(result).startswith("line 2: out/there.png exists")
+    assert api.requests == []
+    assert files() == before
+
+
+@pytest.mark.parametrize(
+    ("jobs", "twice"),
+    [
+        pytest.param([{"out": "same"}, {"out": "same"}], "same.png", id="same name"),
+        pytest.param([{"out": "same"}, {"out": "same.png"}], "same.png", id="with suffix"),
+        pytest.param([{"out": "a/x.png"}, {"out": "b/x.png"}], "x.png", id="other directories"),
+        pytest.param([{"out": "x", "n": 2}, {"out": "x-2"}], "x-2.png", id="variant"),
+        pytest.param([{}, {"out": "001-a-fox"}], "001-a-fox.png", id="slug of another"),
+        pytest.param([{"out": "x"}, {"out": "x-web"}], "x-web.png", id="copy of another"),
+        pytest.param([{"out": "x-web"}, {"out": "x"}], "x-web.png", id="copy of a later one"),
+    ],
+)
+@pytest.mark.parametrize("force", [(), ("--force",)], ids=["", "force"])
+def test_two_jobs_cannot_make_one_file(
+    run: Run, jobs: list[dict[str, Any]], twice: str, force: tuple[str, ...]
+) -> None:
+    made: list[Job] = [{"prompt": "a fox", **job} for job in jobs]
+    told = problems(batch(run, *made, flags=("--downscale-max-dim", "9", *force)))
+    (said,) = [each for each in told if f"out/{twice} would be written twice" in each]
+    assert "line 1" in said
+    assert "line 2" in said
+
+
+def test_two_names_of_one_folder_do_not_hide_a_collision(run: Run) -> None:
+    Path("real").mkdir()
+    os.symlink("real", "link")
+    picture("real/room.png")
+    said = problem(edit(run, "--out", "link/room.png", "--force", image="real/room.png"))
+    assert "link/room.png is an input" in said
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(["--out", "room.png"], id="image"),
+        pytest.param(["--out", "./x/../room.png"], id="another spelling"),
+        pytest.param(["--out", "second.png"], id="second image"),
+        pytest.param(["--out", "mask.png"], id="mask"),
+        pytest.param(["--out", "small.png", "--downscale-max-dim", "9"], id="downscaled copy"),
+    ],
+)
+@pytest.mark.usefixtures("room")
+def test_an_edit_never_writes_over_its_inputs_even_with_force(run: Run, flags: list[str]) -> None:
+    inputs = ["--image", picture("second.png"), "--image", picture("small-web.png")]
+    masked = [*inputs, "--mask", picture("mask.png", "RGBA")]
+    assert "is an input image" in problem(edit(run, *masked, *flags, "--force"))
+
+
+def test_a_job_does_not_write_over_the_input_of_another(run: Run) -> None:
+    picture("out/room.png")
+    jobs = ({"prompt": "a", "image": "out/room.png"}, {"prompt": "b", "out": "room"})
+    said = problem(batch(run, *jobs, flags=("--force",)))
+    assert said.startswith("line 2: out/room.png is an input image")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(["--out-dir", "room.png"], id="out-dir"),
+        pytest.param(["--out-dir", "room.png/deep/er"], id="parent of out-dir"),
+        pytest.param(["--out", "room.png/x.png"], id="parent of out"),
+        pytest.param(["--out", "room.png/"], id="trailing slash"),
+    ],
+)
+def test_a_folder_that_is_a_file_is_refused(run: Run, room: str, flags: list[str]) -> None:
+    assert f"{room} is a file" in problem(generate(run, *flags))
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused(run: Run) -> None:
+    Path("out/there.png").mkdir(parents=True)
+    job = {"prompt": "a fox", "out": "there"}
+    assert "out/there.png is a folder" in problem(batch(run, job, flags=("--force",)))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--out", "closed/x.png"], ["--out-dir", "closed"], ["--out-dir", "closed/a/b"]],
+    ids=str,
+)
+@pytest.mark.usefixtures("ordinary_user")
+def test_a_folder_that_is_not_writable_is_refused(run: Run, flags: list[str]) -> None:
+    assert "folder closed is not writable" in problem(generate(run, *flags))
+
+
+@pytest.mark.parametrize(
+    ("name", "fits"),
+    [
+        pytest.param("x" * (MAX_NAME_BYTES - 4) + ".png", True, id="255 bytes"),
+        pytest.param("x" * (MAX_NAME_BYTES - 3) + ".png", False, id="256 bytes"),
+        pytest.param("狐" * 84 + ".png", False, id="256 bytes in 88 characters"),
+        pytest.param("x" * 300 + "/x.png", False, id="folder of 300 bytes"),
+        pytest.param("d/" * 2500 + "x.png", False, id="path of 5,000 bytes"),
+    ],
+)
+def test_a_name_that_no_disk_takes_is_refused(run: Run, name: str, *, fits: bool) -> None:
+    result = generate(run, "--out", name)
+    if fits:
+        assert document(result)["outputs"] == [name]
+    else:
+        assert "bytes" in problem(result)
+
+
+# What only a live run needs.
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        pytest.param("", "OPENAI_API_KEY is not set", id="missing"),
+        *(
+            pytest.param(key, "OPENAI_API_KEY holds white space", id=name)
+            for name, key in {
+                "blank inside": "sk-s3cret key",
+                "line end": "sk-s3cret\n",
+                "tab before": "\tsk-s3cret",
+                "letter of no key": "sk-s3crét-s3cret",
+                "typographic dash": "sk\u2013s3cret",
+                "blanks": "   ",
+            }.items()
+        ),
+    ],
+)
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(run: Run, key: str, says: str) -> None:
+    said = problem(run("generate", "--prompt", "x", env={"OPENAI_API_KEY": key}))
+    assert says in said
+    assert "s3cret" not in said
+
+
+def test_a_dry_run_needs_no_key(run: Run) -> None:
+    document(generate(run))
+
+
+def without_packages(*argv: str, **environment: str) -> Result:
+    """A live run in a Python that has the standard library only."""
+    bare = [sys.executable, "-I", "-S", *command(argv)[1:]]
+    env = os.environ | {"OPENAI_API_KEY": "sk-dummy"} | environment
+    ended = subprocess.run(bare, capture_output=True, text=True, env=env, check=False)
+    return Result(exit_code=ended.returncode, stdout=ended.stdout, stderr=ended.stderr)
+
+
+@pytest.mark.parametrize(
+    ("flags", "packages"), [([], ["openai"]), (["--downscale-max-dim", "9"], ["openai", "pillow"])]
+)
+def test_a_missing_package_is_named_with_the_command_that_installs_it(
+    flags: list[str], packages: list[str]
+) -> None:
+    told = problems(without_packages("generate", "--prompt", "x", *flags))
+    assert len(told) == len(packages)
+    for said, package in zip(told, packages, strict=True):
+        assert f"the package {package} is missing" in said
+        assert f"-m pip install {package}" in said
+
+
+def test_key_packages_and_requests_are_told_together(run: Run) -> None:
+    told = without_packages("generate", "--prompt", " ", "--n", "11", OPENAI_API_KEY="")
+    assert len(messages(told, "Error: ")) == 4
+    assert len(problems(run("generate", "--prompt", " ", "--n", "11"))) == 3
+
+
+def test_a_refusal_says_nothing_of_warnings_that_no_longer_matter(run: Run) -> None:
+    assert messages(generate(run, "--model", "gpt-image-9", "--n", "0"), "Warning: ") == []
