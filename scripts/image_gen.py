@@ -452,8 +452,8 @@ Outcome = Done | Failed | Skipped
 
 def received(value: object) -> str:
     """Return a value as an error message quotes it: as JSON, and short."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else f"{text[:60]}… ({len(text):,} characters)"
+    quoted = json.dumps(value, ensure_ascii=False, default=str)
+    return quoted if len(quoted) <= 80 else f"{quoted[:60]}… ({len(quoted):,} characters)"
 
 
 def listing(values: Iterable[str]) -> str:
@@ -973,7 +973,7 @@ def no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON value")
 
 
-def number(digits: str) -> int | float:
+def json_number(digits: str) -> int | float:
     """Read a number of any length; Python would refuse to convert the longest to an int."""
     return int(digits) if len(digits) <= MAX_DIGITS else float(digits)
 
@@ -996,7 +996,7 @@ def parse_job_line(line: str | UnicodeDecodeError) -> dict[str, Any]:
         job = json.loads(
             line,
             parse_constant=no_constant,
-            parse_int=number,
+            parse_int=json_number,
             object_pairs_hook=no_duplicates,
         )
     except RecursionError:
@@ -1998,6 +1998,30 @@ class Halt:
             return
 
 
+def gave_up(last: Failure) -> JobError:
+    """Return the error of what has waited long enough, for the last reason that it had."""
+    message = f"gave up, --max-wait is spent: {last.message}"
+    return JobError(last._replace(message=message, retryable=True))
+
+
+class Exchange:
+    """What happens between a job and the API, kept up while it happens."""
+
+    def __init__(self, max_wait: float) -> None:
+        self.started: float | None = None  # when the job got its slot
+        self.attempts = 0  # requests, without those that were refused for the rate
+        self.patience = max_wait  # seconds left to wait for the rate limit
+        self.request_id: str | None = None
+        self.partials: list[str] = []  # drafts that a stream has left on disk
+        self.maybe_billed = False
+        self.untouched = False  # the run stopped before anything was sent for this job
+        self.last: Failure | None = None
+
+    def gave_up(self) -> JobError:
+        """Return the error of a job that waited long enough."""
+        return gave_up(self.last or Failure("rate_limit", "rate limit"))
+
+
 class RateGate:
     """What all requests of a run pass: a pause for all, and then the pace that the server takes.
 
@@ -2014,18 +2038,32 @@ class RateGate:
         self.clock = asyncio.get_running_loop().time
         self.line = asyncio.Lock()
         self.interval = RAMP_SECONDS
-        self.next_at = self.resume_at = self.opened_at = 0.0
+        self.next_at = self.opened_at = 0.0
+        self.paused_at = self.resume_at = 0.0  # the last pause
+        self.paused_before = 0.0  # seconds of all pauses but the last
         self.period = 0  # counts the pauses
         self.sent = self.refused = 0
         self.paced = False
 
-    async def admit(self, job: Job) -> int:
-        """Wait for this job's turn; return the period in which it is sent."""
+    @property
+    def paused(self) -> float:
+        """How many seconds the run has been paused so far."""
+        return self.paused_before + min(self.clock(), self.resume_at) - self.paused_at
+
+    async def admit(self, job: Job, exchange: Exchange) -> int:
+        """Wait for this job's turn; return the period in which it is sent.
+
+        Raises a JobError when the pauses exceed what the job has patience for.
+        """
+        paused = self.paused
         async with self.line:
             while (delay := max(self.resume_at, self.next_at) - self.clock()) > 0:
                 self.halt.check(job)
+                if self.paused - paused + self.resume_at - self.clock() > exchange.patience:
+                    raise exchange.gave_up()
                 await self.halt.sleep(delay)
             self.halt.check(job)
+            exchange.patience -= self.paused - paused
             now = self.clock()
             if self.sent == 0:
                 self.opened_at = now
@@ -2042,14 +2080,17 @@ class RateGate:
 
     def refuse(self, period: int, delay: float) -> None:
         """Pause all jobs for so many seconds, and learn the pace of the period that ends."""
-        resume_at = self.clock() + delay
+        now = self.clock()
         if period < self.period:  # answered late: the pause it asks for has been made
             return
+        if now >= self.resume_at:
+            self.paused_before = self.paused
+            self.paused_at = self.resume_at = now
         if not self.refused:
             self.notify(delay)
         self.refused += 1
         self.paced = True
-        self.resume_at = max(self.resume_at, resume_at)
+        self.resume_at = max(self.resume_at, now + delay)
         taken = max(1, self.sent - self.refused)
         self.interval = (self.resume_at - self.opened_at) / taken
 
@@ -2090,31 +2131,6 @@ class Spool:
         """Drop the file."""
         if self._file is not None:
             self._file.close()
-
-
-def gave_up(last: Failure) -> JobError:
-    """Return the error of what has waited long enough, for the last reason that it had."""
-    message = f"gave up, --max-wait is spent: {last.message}"
-    return JobError(last._replace(message=message, retryable=True))
-
-
-class Exchange:
-    """What happens between a job and the API, kept up while it happens."""
-
-    def __init__(self, max_wait: float) -> None:
-        self.started: float | None = None  # when the job got its slot
-        self.attempts = 0  # requests, without those that were refused for the rate
-        self.patience = max_wait  # seconds left to wait for the rate limit
-        self.refused_at: float | None = None
-        self.request_id: str | None = None
-        self.partials: list[str] = []  # drafts that a stream has left on disk
-        self.maybe_billed = False
-        self.untouched = False  # the run stopped before anything was sent for this job
-        self.last: Failure | None = None
-
-    def gave_up(self) -> JobError:
-        """Return the error of a job that waited long enough."""
-        return gave_up(self.last or Failure("rate_limit", "rate limit"))
 
 
 def upload(stack: ExitStack, name: str, sent_name: str) -> tuple[str, BinaryIO, str]:
@@ -2194,22 +2210,6 @@ async def post(job: Job, run: Run, exchange: Exchange) -> Spool:
                 return spool
 
 
-async def take_turn(job: Job, run: Run, exchange: Exchange) -> int:
-    """Pass the gate, within what is left of --max-wait if the server refused this job before."""
-    import asyncio
-
-    limit = None if exchange.refused_at is None else exchange.patience
-    try:
-        async with asyncio.timeout(limit):
-            period = await run.gate.admit(job)
-    except TimeoutError:
-        raise exchange.gave_up() from None
-    if exchange.refused_at is not None:
-        exchange.patience -= run.gate.clock() - exchange.refused_at
-        exchange.refused_at = None
-    return period
-
-
 async def recover(job: Job, run: Run, exchange: Exchange, verdict: Verdict, period: int) -> None:
     """Wait until the request can be sent again, or raise the JobError that ends the job."""
     failure, options = verdict.failure, run.options
@@ -2219,9 +2219,6 @@ async def recover(job: Job, run: Run, exchange: Exchange, verdict: Verdict, peri
     delay = retry_delay(verdict, exchange.attempts + 1)
     if verdict.action == "wait":
         run.gate.refuse(period, delay)
-        exchange.refused_at = run.gate.clock()
-        if delay > exchange.patience:
-            raise exchange.gave_up()
         return
     exchange.attempts += 1
     if verdict.action == "stop run":
@@ -2250,7 +2247,7 @@ async def send(job: Job, run: Run, exchange: Exchange) -> Spool:
     import openai
 
     while True:
-        period = await take_turn(job, run, exchange)
+        period = await run.gate.admit(job, exchange)
         try:
             spool = await post(job, run, exchange)
         except (openai.APIError, httpx2.HTTPError, httpx2.StreamError, OSError) as error:
@@ -2681,8 +2678,8 @@ class Report:
         )
         if self.interrupted or self.unfinished or (self.incomplete and (resume or self.total > 1)):
             force = " instead of --force" if self.options.force else ""
-            again = f"To resume, repeat the command with --skip-existing{force}."
-            self.error(resume or again, label="")
+            again = resume or f"To resume, repeat the command with --skip-existing{force}."
+            (self.say if self.interrupted else self.note)(again)
 
     @property
     def exit_code(self) -> int:
@@ -2716,9 +2713,9 @@ class Report:
         if not self.options.quiet:
             self.say(f"Warning: {line}")
 
-    def error(self, line: str, label: str = "Error: ") -> None:
+    def error(self, line: str) -> None:
         """Print an error."""
-        self.say(label + line)
+        self.say(f"Error: {line}")
 
     def paused(self, delay: float) -> None:
         """Tell of a pause for the rate limit, once for all jobs."""
@@ -3269,10 +3266,9 @@ def continued(options: RunOptions, jobs: Sequence[Job]) -> RunOptions:
     a new one by --force or --skip-existing. What a run has written is no obstacle to its going on.
     """
     state = load_state(options.out_dir or ".") if options.batch_api else None
-    if options.cancel and (state is None or state.finished):
-        raise UsageError(
-            [f"--cancel: {options.out_dir} has submitted nothing that is not collected"]
-        )
+    if options.batch_api and options.cancel and (state is None or state.finished):
+        problem = f"--cancel: {options.out_dir} has nothing submitted that is not collected"
+        raise UsageError([problem])
     if state is None:
         return options
     changed = bool(changed_jobs(state, jobs))

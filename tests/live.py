@@ -1,0 +1,111 @@
+"""How the tests of the second half run jobs against the loopback API and read what came of them."""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+
+from expectations import job_file
+from PIL import Image
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from conftest import Result, Run
+    from expectations import Job
+    from images_api import ImagesAPI
+
+Json = dict[str, Any]
+
+
+def prompts(count: int) -> list[str]:
+    """Job 1 writes 001-job-1.png, and so on."""
+    return [f"job {number}" for number in range(1, count + 1)]
+
+
+def batch(jobs: int | Sequence[Job], *flags: object) -> list[str]:
+    """The command line of a batch into the folder out."""
+    lines = prompts(jobs) if isinstance(jobs, int) else jobs
+    words = ["--input", job_file(*lines), "--out-dir", "out", *flags]
+    return ["generate-batch", *map(str, words)]
+
+
+def generate(*flags: object, prompt: str = "a fox", out: str = "fox.png") -> list[str]:
+    """The command line of one image."""
+    return ["generate", "--prompt", prompt, "--out", out, *map(str, flags)]
+
+
+def names(folder: str = "out") -> list[str]:
+    """All files of a folder, hidden ones included."""
+    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+
+
+def images(*numbers: int) -> list[str]:
+    """The names of the images of these jobs of `prompts`."""
+    return [f"{number:03d}-job-{number}.png" for number in numbers]
+
+
+def lines(result: Result, label: str = "Error: ") -> list[str]:
+    """The messages of one kind; a traceback is never one of them."""
+    assert "Traceback" not in result.stderr
+    return [
+        line.removeprefix(label) for line in result.stderr.splitlines() if line.startswith(label)
+    ]
+
+
+def error(result: Result) -> str:
+    """The only error of a run that failed."""
+    assert result.exit_code == 1, result.stderr
+    (only,) = lines(result)
+    return only
+
+
+def outcomes(result: Result) -> list[str]:
+    """The status of each job, in order of the jobs."""
+    return [line["status"] for line in sorted(result.json_lines, key=lambda line: line["job"])]
+
+
+def statuses(api: ImagesAPI) -> list[int | None]:
+    """How the server answered, in order of arrival."""
+    return [request.status for request in api.image_requests]
+
+
+def encoded(image: Image.Image, image_format: str = "png", **options: object) -> bytes:
+    """An image as a file's bytes."""
+    file = io.BytesIO()
+    image.save(file, image_format, **options)
+    return file.getvalue()
+
+
+def size_of(name: str | Path) -> tuple[int, int]:
+    """The size of an image file that Pillow reads to its end."""
+    with Image.open(name) as image:
+        image.load()
+        return image.size
+
+
+def run_held(
+    run: Run,
+    api: ImagesAPI,
+    argv: Sequence[str],
+    *,
+    until: int = 1,
+    act: Callable[[], object] = lambda: None,
+) -> Result:
+    """Runs the CLI; before any request is answered, so many are in flight, and `act` is called."""
+    api.hold()
+
+    def let_go() -> None:
+        api.wait_for_requests(until)
+        act()
+        api.release()
+
+    releaser = threading.Thread(target=let_go)
+    releaser.start()
+    try:
+        return run(*argv)
+    finally:
+        releaser.join()

@@ -1,0 +1,197 @@
+"""Batches as a whole, through real processes where that matters."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import image_gen
+import pytest
+from expectations import picture
+from images_api import moderation_blocked
+from live import batch, error, generate, images, lines, names, outcomes, run_held, size_of
+
+if TYPE_CHECKING:
+    from conftest import Run
+    from images_api import ImagesAPI, Request
+
+FORMATS = ("png", "jpeg", "webp")
+
+
+def mixed_jobs() -> list[Any]:
+    """Twenty jobs: plain text, strings, objects, all formats, several images, and edits."""
+    return [
+        "plain text",
+        '"a JSON string"',
+        *[{"prompt": f"a {name}", "output_format": name} for name in FORMATS],
+        *[{"prompt": f"two {name}", "output_format": name, "n": 2} for name in FORMATS],
+        *[{"prompt": f"sized {n}", "size": "1024x1024", "out": f"sized-{n}"} for n in range(4)],
+        {"prompt": "a cutout", "model": "gpt-image-2.5-flare", "background": "transparent"},
+        {"prompt": "packed", "output_format": "webp", "output_compression": 40},
+        {"prompt": "with fields", "fields": {"style": "gouache"}, "lighting": "dusk"},
+        {"prompt": "let through", "moderation": "low", "quality": "low"},
+        {"prompt": "an edit", "image": "room.png"},
+        {"prompt": "two images", "image": ["room.png", "chair.jpg"], "moderation": "low"},
+        {"prompt": "masked", "image": "room.png", "mask": "mask.png"},
+        {"prompt": "faithful", "image": "room.png", "model": "gpt-image-1.5"}
+        | {"input_fidelity": "high"},
+    ]
+
+
+def as_sent(request: Request) -> dict[str, Any]:
+    """A recorded request as a dry run describes it, without the files."""
+    return {**request.body, "endpoint": request.path}
+
+
+def test_a_batch_of_twenty_mixed_jobs_does_what_its_dry_run_says(
+    run_process: Run, api: ImagesAPI
+) -> None:
+    for name, mode in (("room.png", "RGB"), ("chair.jpg", "RGB"), ("mask.png", "RGBA")):
+        picture(name, mode)
+    jobs = mixed_jobs()
+    argv = batch(jobs, "--concurrency", 5, "--downscale-max-dim", 32, "--json")
+    dry = run_process(*argv, "--dry-run")
+    assert dry.exit_code == 0
+    assert api.requests == []
+    planned = dry.json_lines
+    files = [name for job in planned for name in (*job["outputs"], *job["outputs_downscaled"])]
+
+    live = run_process(*argv)
+    assert live.exit_code == 0, live.stderr
+    assert outcomes(live) == ["done"] * len(jobs) == ["done"] * 20
+    assert sorted(files) == [f"out/{name}" for name in names()]
+    assert 1 < api.peak_in_flight <= 5
+    sent = {request.prompt: as_sent(request) for request in api.requests}
+    not_in_body = ("outputs", "outputs_downscaled", "job", "image", "mask", "partials")
+    for job in planned:
+        expected = {key: value for key, value in job.items() if key not in not_in_body}
+        assert sent[job["prompt"]] == expected
+    for line in live.json_lines:
+        job = planned[line["job"] - 1]
+        assert [image["path"] for image in line["outputs"]] == job["outputs"]
+        copies = [image["path"] for image in line["outputs_downscaled"]]
+        assert copies == job["outputs_downscaled"]
+        for image in (*line["outputs"], *line["outputs_downscaled"]):
+            assert size_of(image["path"]) == (image["width"], image["height"])
+            assert image["bytes"] == Path(image["path"]).stat().st_size
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_one_image_of_each_format_through_a_process(
+    run_process: Run, api: ImagesAPI, name: str
+) -> None:
+    result = run_process(*generate(out=f"fox.{name}"))
+    assert (result.exit_code, result.stdout) == (0, f"Wrote fox.{name}\n")
+    assert size_of(f"fox.{name}") == (64, 64)
+    assert len(api.requests) == 1
+
+
+def test_an_edit_sends_its_files_in_order_and_byte_for_byte(
+    run_process: Run, api: ImagesAPI
+) -> None:
+    sent = [picture("room.png"), picture("chair.jpg"), picture("mask.png", "RGBA")]
+    words = ["--image", "room.png", "--image", "chair.jpg", "--mask", "mask.png"]
+    result = run_process("edit", *words, "--prompt", "a fox", "--out", "fox.png")
+    assert result.exit_code == 0, result.stderr
+    (request,) = api.requests
+    assert [file.field for file in request.files] == ["image[]", "image[]", "mask"]
+    assert [file.data for file in request.files] == [Path(name).read_bytes() for name in sent]
+    types = ["image/png", "image/jpeg", "image/png"]
+    assert [file.content_type for file in request.files] == types
+
+
+def test_an_existing_output_stops_the_batch_before_any_request(
+    run_process: Run, api: ImagesAPI
+) -> None:
+    Path("out").mkdir()
+    Path("out/002-job-2.png").write_text("mine")
+    result = run_process(*batch(3))
+    assert (result.exit_code, result.stdout) == (2, "")
+    (problem,) = lines(result)
+    assert "line 2: " in problem
+    assert "out/002-job-2.png exists" in problem
+    assert api.requests == []
+    assert names() == ["002-job-2.png"]
+
+
+def test_a_refused_job_fails_alone_in_a_process(run_process: Run, api: ImagesAPI) -> None:
+    api.script_for("job 2", moderation_blocked())
+    result = run_process(*batch(3))
+    assert error(result).startswith("line 2: ")
+    assert names() == images(1, 3)
+    assert sorted(result.stdout.splitlines()) == [f"Wrote out/{name}" for name in images(1, 3)]
+
+
+@pytest.mark.parametrize("concurrency", [1, 3, 25])
+def test_as_many_requests_are_in_flight_as_asked_for(
+    run: Run, api: ImagesAPI, concurrency: int
+) -> None:
+    argv = batch(30, "--concurrency", concurrency)
+    assert run_held(run, api, argv, until=concurrency).exit_code == 0
+    assert api.peak_in_flight == concurrency
+    assert len(names()) == 30
+
+
+def test_downscaling_does_not_hold_up_requests(
+    run: Run, api: ImagesAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = threading.Event()
+
+    def slow(content: bytes, original: image_gen.Saved, max_dim: int) -> bytes:
+        seen.set()
+        api.wait_for_answers(6)  # a copy waits here until all requests have been answered
+        return downscale(content, original, max_dim)
+
+    downscale = image_gen.downscale
+    monkeypatch.setattr(image_gen, "downscale", slow)
+    result = run(*batch(6, "--concurrency", 2, "--downscale-max-dim", 32))
+    assert result.exit_code == 0
+    assert seen.is_set()
+    assert len(names()) == 12
+
+
+def test_answers_do_not_pile_up_behind_the_disk(
+    run: Run, api: ImagesAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unsaved: list[int] = []
+    saved: list[int] = []
+
+    def slow(job: image_gen.Job, answer: dict[str, Any]) -> image_gen.Landing:
+        # Three jobs a slot are under way; nothing is saved before so many have been sent.
+        api.wait_for_requests(min(30, len(saved) + 6))
+        unsaved.append(len(api.requests) - len(saved))
+        landing = save(job, answer)
+        saved.append(job.number)
+        return landing
+
+    save = image_gen.save_answer
+    monkeypatch.setattr(image_gen, "save_answer", slow)
+    result = run(*batch(30, "--concurrency", 2))
+    assert result.exit_code == 0
+    assert max(unsaved) == 6
+
+
+def test_a_bug_in_one_job_does_not_take_the_others_along(
+    run: Run, api: ImagesAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(job: image_gen.Job, answer: dict[str, Any]) -> image_gen.Landing:
+        if job.number == 2:
+            raise ZeroDivisionError
+        return save(job, answer)
+
+    save = image_gen.save_answer
+    monkeypatch.setattr(image_gen, "save_answer", broken)
+    result = run(*batch(3, "--json"))
+    assert result.exit_code == 1
+    assert outcomes(result) == ["done", "failed", "done"]
+    assert len(api.requests) == 3
+    failed = next(line for line in result.json_lines if line["job"] == 2)
+    assert failed["error"]["kind"] == "internal"
+
+
+def test_a_large_batch_is_run_to_its_end(run: Run, api: ImagesAPI) -> None:
+    result = run(*batch(150, "--concurrency", 25, "--quiet"))
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert len(names()) == len(api.requests) == 150
+    assert len(result.stdout.splitlines()) == 150

@@ -1,0 +1,279 @@
+"""One retry layer: what is sent again, what is not, and what stops the run."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+import image_gen
+import pytest
+from images_api import (
+    answer_cut,
+    answer_lost,
+    connection_closed,
+    delayed,
+    forbidden,
+    html,
+    insufficient_quota,
+    moderation_blocked,
+    no_answer,
+    server_error,
+    status,
+    unauthorized,
+    unknown_model,
+)
+from live import batch, error, generate, images, lines, names, outcomes, run_held, statuses
+
+if TYPE_CHECKING:
+    from conftest import Run
+    from images_api import ImagesAPI, Reply
+
+pytestmark = pytest.mark.usefixtures("short_back_off")
+NO_MONEY = sorted(image_gen.NO_MONEY_CODES)
+
+
+@pytest.fixture
+def short_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_gen, "BACK_OFF_SECONDS", 0.01)
+
+
+class Fault(NamedTuple):
+    """A fault of the connection or the server, and how it is recorded."""
+
+    reply: Reply
+    kind: str
+    maybe_billed: bool = False
+
+
+FAULTS = {
+    "closed before the answer": Fault(connection_closed(), "connection", maybe_billed=True),
+    "answer lost": Fault(answer_lost(), "connection", maybe_billed=True),
+    "closed within the answer": Fault(answer_cut(), "connection", maybe_billed=True),
+    "time-out": Fault(no_answer(), "timeout", maybe_billed=True),
+    "408": Fault(status(408), "timeout"),
+    "409": Fault(status(409), "conflict"),
+    "500": Fault(server_error(500), "server"),
+    "502 as HTML": Fault(html(502), "server", maybe_billed=True),
+    "503": Fault(server_error(503), "server"),
+    "504": Fault(server_error(504), "server", maybe_billed=True),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+class TestAFault:
+    def test_is_met_with_another_request(self, run: Run, api: ImagesAPI, fault: Fault) -> None:
+        api.script(fault.reply)
+        result = run(*generate("--json", "--timeout", 0.5))
+        assert result.exit_code == 0
+        assert len(api.requests) == result.json["attempts"] == 2
+        (note,) = (line for line in result.stderr.splitlines() if "attempt 2 of 3" in line)
+        assert ("may have been billed" in note) == fault.maybe_billed
+        recorded = any("billed" in warning for warning in result.json["warnings"])
+        assert recorded == fault.maybe_billed
+        assert names(".") == ["fox.png"]
+
+    def test_that_stays_ends_the_job_after_max_attempts(
+        self, run: Run, api: ImagesAPI, fault: Fault
+    ) -> None:
+        api.script(fault.reply, repeat=True)
+        result = run(*generate("--json", "--timeout", 0.2, "--max-attempts", 2))
+        assert error(result)
+        assert len(api.requests) == result.json["attempts"] == 2
+        failure = result.json["error"]
+        assert (failure["kind"], failure["retryable"]) == (fault.kind, True)
+        assert failure["maybe_billed"] == fault.maybe_billed
+        assert names(".") == []
+
+
+def test_one_attempt_means_one_request(run: Run, api: ImagesAPI) -> None:
+    api.script(server_error())
+    assert run(*generate("--max-attempts", 1)).exit_code == 1
+    assert statuses(api) == [500]
+
+
+def test_a_fault_of_an_earlier_attempt_may_still_be_billed_when_the_job_fails(
+    run: Run, api: ImagesAPI
+) -> None:
+    api.script(answer_lost(), moderation_blocked())
+    assert run(*generate("--json")).json["error"]["maybe_billed"] is True
+
+
+def test_a_server_that_cannot_be_reached_is_named_and_nothing_is_billed(run: Run) -> None:
+    nowhere = {"OPENAI_BASE_URL": "http://127.0.0.1:9/v1", "OPENAI_API_KEY": "placeholder-key"}
+    result = run(*generate("--json"), env=nowhere)
+    assert "connection failed" in error(result)
+    assert result.json["attempts"] == 3
+    assert result.json["error"] | {"message": ""} == {
+        "kind": "connection",
+        "message": "",
+        "code": None,
+        "retryable": True,
+        "maybe_billed": False,
+    }
+
+
+@pytest.mark.parametrize(
+    "headers", [{"retry-after": "0.3"}, {"retry-after-ms": "300"}], ids=lambda h: next(iter(h))
+)
+def test_a_server_error_is_retried_when_the_server_says(
+    run: Run, api: ImagesAPI, headers: dict[str, str]
+) -> None:
+    api.script(server_error(503, headers=headers))
+    assert run(*generate()).exit_code == 0
+    first, second = api.requests
+    assert second.started - (first.ended or 0) >= 0.29
+
+
+def test_back_off_grows_with_full_jitter_up_to_its_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("random.uniform", lambda _low, high: high)
+    monkeypatch.setattr(image_gen, "BACK_OFF_SECONDS", 0.5)
+    verdict = image_gen.Verdict("retry", image_gen.Failure("server", ""))
+    delays = [image_gen.retry_delay(verdict, attempt) for attempt in range(1, 10)]
+    assert delays == [0.5, 1, 2, 4, 8, 16, 30, 30, 30]
+    assert image_gen.retry_delay(verdict._replace(advised=7.0), 1) == 7
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ({"retry-after-ms": "250", "retry-after": "9"}, 0.25),
+        ({"retry-after": "1.5"}, 1.5),
+        ({"retry-after": "0"}, 0.0),
+        ({"retry-after": "Thu, 01 Jan 2009 00:00:00 GMT"}, 0.0),
+        ({"retry-after": "soon"}, None),
+        ({"retry-after": "-3"}, None),
+        ({"retry-after": "nan"}, None),
+        ({"retry-after": "inf"}, None),
+        ({"retry-after-ms": "soon", "retry-after": "2"}, 2.0),
+        ({"retry-after": "soon", "x-ratelimit-reset-requests": "2s"}, 2.0),
+        ({"x-ratelimit-reset-requests": "6m0s"}, 360.0),
+        ({"x-ratelimit-reset-requests": "1h2m3.5s"}, 3723.5),
+        ({"x-ratelimit-reset-tokens": "120ms"}, 0.12),
+        ({"x-ratelimit-reset-requests": "1s", "x-ratelimit-reset-tokens": "3s"}, 3.0),
+        (
+            {
+                "x-ratelimit-remaining-requests": "0",
+                "x-ratelimit-reset-requests": "1s",
+                "x-ratelimit-remaining-tokens": "900",
+                "x-ratelimit-reset-tokens": "3s",
+            },
+            1.0,
+        ),
+        ({"x-ratelimit-reset-requests": "tomorrow"}, None),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_the_servers_time_is_read_in_every_form(
+    headers: dict[str, str], expected: float | None
+) -> None:
+    assert image_gen.advised_delay(headers) == pytest.approx(expected)
+
+
+def test_a_date_in_the_future_is_waited_for() -> None:
+    moment = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 60))
+    assert image_gen.advised_delay({"retry-after": moment}) == pytest.approx(60, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind"),
+    [
+        *[pytest.param(insufficient_quota(code), "quota", id=code) for code in NO_MONEY],
+        pytest.param(unauthorized(), "authentication", id="401"),
+    ],
+)
+def test_what_is_hopeless_stops_the_run_and_keeps_what_is_in_flight(
+    run: Run, api: ImagesAPI, reply: Reply, kind: str
+) -> None:
+    api.script(reply, delayed(0.3))
+    argv = batch(5, "--json", "--concurrency", 2)
+    result = run_held(run, api, argv, until=2)
+    assert result.exit_code == 1
+    assert sorted(outcomes(result)) == ["done", "failed", "skipped", "skipped", "skipped"]
+    assert len(api.requests) == 2
+    assert len(names()) == 1
+    failed, skipped = lines(result)
+    assert skipped.startswith("3 jobs ")
+    assert image_gen.REMEDIES[kind] in failed
+    errors = [line["error"] for line in result.json_lines if line["status"] != "done"]
+    assert {(error["kind"], error["retryable"]) for error in errors} == {(kind, False)}
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind"),
+    [
+        pytest.param(forbidden(), "permission", id="403"),
+        pytest.param(unknown_model(), "unknown_model", id="404"),
+    ],
+)
+def test_a_model_that_is_refused_stops_the_jobs_of_that_model_only(
+    run: Run, api: ImagesAPI, reply: Reply, kind: str
+) -> None:
+    models = ["gpt-image-2.5-flare", "gpt-image-2"] * 3
+    jobs = [{"prompt": f"job {n}", "model": model} for n, model in enumerate(models, start=1)]
+    api.script_for("job 1", reply)
+    result = run(*batch(jobs, "--json", "--concurrency", 1))
+    assert result.exit_code == 1
+    assert outcomes(result) == ["failed", "done", "skipped", "done", "skipped", "done"]
+    assert result.json_lines[0]["error"]["kind"] == kind
+    assert names() == images(2, 4, 6)
+    assert any(line.startswith("2 jobs ") for line in lines(result))
+
+
+def test_a_bad_request_fails_its_job_alone(run: Run, api: ImagesAPI) -> None:
+    api.script_for("job 2", status(400, "Unknown parameter: 'n'.", code="unknown_parameter"))
+    result = run(*batch(3, "--json"))
+    assert "Unknown parameter: 'n'." in error(result)
+    assert outcomes(result) == ["done", "failed", "done"]
+    assert names() == images(1, 3)
+    failed = next(line["error"] for line in result.json_lines if line["job"] == 2)
+    assert (failed["kind"], failed["code"]) == ("invalid_request", "unknown_parameter")
+    assert failed["retryable"] is failed["maybe_billed"] is False
+
+
+def test_a_moderation_refusal_is_named_with_message_and_request_id(
+    run: Run, api: ImagesAPI
+) -> None:
+    api.script(moderation_blocked("Rejected: safety_violations=[gore]."))
+    result = run(*generate("--json"))
+    (request,) = api.requests
+    for part in ("moderation", "Rejected: safety_violations=[gore].", request.request_id):
+        assert part in error(result)
+    assert result.json["error"]["kind"] == "moderation"
+    assert result.json["request_id"] == request.request_id
+
+
+def test_fail_fast_sends_nothing_after_the_first_failure_and_saves_what_is_in_flight(
+    run: Run, api: ImagesAPI
+) -> None:
+    api.script(moderation_blocked(), delayed(0.3))
+    argv = batch(5, "--json", "--fail-fast", "--concurrency", 2)
+    result = run_held(run, api, argv, until=2)
+    assert result.exit_code == 1
+    assert len(api.requests) == 2
+    assert sorted(outcomes(result)) == ["done", "failed", "skipped", "skipped", "skipped"]
+    assert len(names()) == 1
+    assert any("--fail-fast" in line for line in lines(result))
+
+
+def test_without_fail_fast_the_other_jobs_go_on(run: Run, api: ImagesAPI) -> None:
+    api.script(moderation_blocked())
+    assert run(*batch(4, "--concurrency", 1)).exit_code == 1
+    assert names() == images(2, 3, 4)
+
+
+def test_a_long_message_of_the_server_stays_one_short_line(run: Run, api: ImagesAPI) -> None:
+    api.script(status(400, "no\n\x1b[31m" + "word " * 2000))
+    message = error(run(*generate()))
+    assert len(message) < 800
+    assert re.search(r"[\x00-\x1f]", message) is None
+
+
+def test_requests_are_sent_with_the_variables_of_the_sdk(run: Run, api: ImagesAPI) -> None:
+    account = {"OPENAI_ORG_ID": "org-fox", "OPENAI_PROJECT_ID": "proj-den"}
+    assert run(*generate(), env=account).exit_code == 0
+    (request,) = api.requests
+    assert request.key_as_expected
+    assert request.headers["openai-organization"] == "org-fox"
+    assert request.headers["openai-project"] == "proj-den"
