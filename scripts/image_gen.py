@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from io import FileIO
     from typing import BinaryIO, Literal, NoReturn
 
+    from openai import AsyncAPIResponse
     from openai.types import Batch
     from PIL import Image
 
@@ -153,12 +154,6 @@ class ModelFamily(NamedTuple):
     models: tuple[str, ...] = ()  # where no model has the plain name of the family
     shut_down: str = ""  # ISO date
     successor: str = ""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The models as a user can ask for them, with their end."""
-        names = self.models or (self.prefix,)
-        return tuple(f"{name} until {self.shut_down}" if self.shut_down else name for name in names)
 
 
 OLD_SIZES = ("1024x1024", "1536x1024", "1024x1536", "auto")
@@ -843,15 +838,53 @@ def add_run_options(parser: Parser) -> None:
     )
 
 
-EXAMPLES = {
-    "generate": '{} generate --prompt "A red kite over dunes" --size 1536x1024 --out kite.png',
-    "edit": '{} edit --image room.png --prompt "Only paint the wall sage green" --out green.png',
-    "generate-batch": "{} generate-batch --input jobs.jsonl --out-dir kites --concurrency 10",
+class Command(NamedTuple):
+    """A subcommand, as its help shows it."""
+
+    help: str
+    example: str
+
+
+COMMANDS = {
+    "generate": Command(
+        "make an image from a prompt",
+        '{} generate --prompt "A red kite over dunes" --size 1536x1024 --out kite.png',
+    ),
+    "edit": Command(
+        "change or combine images",
+        '{} edit --image room.png --prompt "Only paint the wall sage green" --out green.png',
+    ),
+    "generate-batch": Command(
+        "run many jobs from a JSONL file",
+        "{} generate-batch --input jobs.jsonl --out-dir kites --concurrency 10",
+    ),
 }
 
 
-def build_parser() -> Parser:
-    """Build the three subcommands from the same groups."""
+def add_options(parser: Parser, name: str) -> None:
+    """Add all options of a subcommand, from the same groups for all three."""
+    batch = name == "generate-batch"
+    if batch:
+        add_batch_options(parser)
+    else:
+        add_prompt_options(parser)
+    if name == "edit":
+        add_edit_options(parser)
+    add_request_options(parser)
+    add_prompt_fields(parser)
+    output = add_output_options(parser, batch=batch)
+    if batch:
+        output.add_argument(
+            "--contact-sheet",
+            type=path,
+            metavar="FILE",
+            help="also write one image of labelled thumbnails of the whole batch",
+        )
+    add_run_options(parser)
+
+
+def build_parser(only: str | None = None) -> Parser:
+    """Build the command line; with the options of one subcommand only, to start faster."""
     parser = Parser(
         description="Make and edit images with OpenAI's GPT Image models.",
         epilog=EXIT_CODES,
@@ -859,37 +892,17 @@ def build_parser() -> Parser:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command, explanation in (
-        ("generate", "make an image from a prompt"),
-        ("edit", "change or combine images"),
-        ("generate-batch", "run many jobs from a JSONL file"),
-    ):
+    for name, command in COMMANDS.items():
         sub = commands.add_parser(
-            command,
-            help=explanation,
-            description=explanation[0].upper() + explanation[1:] + ".",
-            epilog=f"example:\n  {EXAMPLES[command].format(parser.prog)}\n\n{EXIT_CODES}",
+            name,
+            help=command.help,
+            description=command.help[0].upper() + command.help[1:] + ".",
+            epilog=f"example:\n  {command.example.format(parser.prog)}\n\n{EXIT_CODES}",
             formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
-        batch = command == "generate-batch"
-        if batch:
-            add_batch_options(sub)
-        else:
-            add_prompt_options(sub)
-        if command == "edit":
-            add_edit_options(sub)
-        add_request_options(sub)
-        add_prompt_fields(sub)
-        output = add_output_options(sub, batch=batch)
-        if batch:
-            output.add_argument(
-                "--contact-sheet",
-                type=path,
-                metavar="FILE",
-                help="also write one image of labelled thumbnails of the whole batch",
-            )
-        add_run_options(sub)
+        if only in (None, name):
+            add_options(sub, name)
     return parser
 
 
@@ -1311,6 +1324,25 @@ def model_family(model: str) -> ModelFamily | None:
     return None
 
 
+def days_left(family: ModelFamily) -> float:
+    """Return how many days a family's models are still served; negative when it is over."""
+    from datetime import UTC, date, datetime
+
+    if not family.shut_down:
+        return float("inf")
+    return (date.fromisoformat(family.shut_down) - datetime.now(UTC).date()).days
+
+
+def models_with(able: Callable[[ModelFamily], bool]) -> str:
+    """List the models of the families that can do something, newest first, and their ends."""
+    return listing(
+        f"{name} until {row.shut_down}" if row.shut_down else name
+        for row in MODEL_FAMILIES
+        if able(row) and days_left(row) >= 0
+        for name in row.models or (row.prefix,)
+    )
+
+
 def check_size(request: ImageRequest, family: ModelFamily) -> Iterator[Finding]:
     """Check the size against the list of the family, or against the rules of free sizes."""
     size = request.size
@@ -1348,7 +1380,7 @@ def check_size(request: ImageRequest, family: ModelFamily) -> Iterator[Finding]:
 def check_transparency(request: ImageRequest, family: ModelFamily) -> Iterator[Finding]:
     """Check that the model can make a transparent background."""
     if request.background == "transparent" and not family.transparent:
-        able = listing(name for row in MODEL_FAMILIES if row.transparent for name in row.names)
+        able = models_with(lambda row: row.transparent)
         yield Finding(
             f"background transparent is not supported by {request.model}; use a --model that has "
             f"it ({able}), or ask for a flat key colour and cut it out with remove_chroma_key.py"
@@ -1417,27 +1449,31 @@ def check_model(request: ImageRequest) -> Iterator[Finding]:
             f"model {request.model} is a family; its models are {listing(family.models)}",
             fatal=False,
         )
-    if family.shut_down:
-        yield from check_shut_down(request.model, family)
-    if request.quality not in family.qualities:
-        accepted = listing(family.qualities)
-        yield Finding(f"quality {received(request.quality)}: {request.model} has {accepted}")
-    if request.output_format in FORMATS and request.output_format not in family.formats:
-        accepted = listing(family.formats)
-        yield Finding(f"output_format {request.output_format}: {request.model} makes {accepted}")
+    yield from check_shut_down(request.model, family)
+    quality, output_format = request.quality, request.output_format
+    if quality not in family.qualities:
+        able = models_with(lambda row: quality in row.qualities)
+        yield Finding(
+            f"quality {received(quality)}: {request.model} has {listing(family.qualities)}"
+            + (f"; models with it: {able}" if able else "")
+        )
+    if output_format in FORMATS and output_format not in family.formats:
+        able = models_with(lambda row: output_format in row.formats)
+        yield Finding(
+            f"output_format {output_format}: {request.model} makes {listing(family.formats)}; "
+            f"models with it: {able}"
+        )
     yield from check_size(request, family)
     yield from check_transparency(request, family)
     yield from check_fidelity(request, family)
     if request.markup is not None and not family.markup:
-        able = listing(name for row in MODEL_FAMILIES if row.markup for name in row.names)
+        able = models_with(lambda row: row.markup)
         yield Finding(f"markup is not supported by {request.model}; models with it: {able}")
 
 
 def check_shut_down(model: str, family: ModelFamily) -> Iterator[Finding]:
     """Warn of a model that is gone, or will be soon."""
-    from datetime import UTC, date, datetime
-
-    days = (date.fromisoformat(family.shut_down) - datetime.now(UTC).date()).days
+    days = days_left(family)
     if days < SHUT_DOWN_NOTICE_DAYS:
         ends = "was shut down on" if days < 0 else "shuts down on"
         yield Finding(
@@ -1445,8 +1481,8 @@ def check_shut_down(model: str, family: ModelFamily) -> Iterator[Finding]:
         )
 
 
-def check_request(request: ImageRequest, options: RunOptions) -> Iterator[Finding]:
-    """Check all that can be judged without looking at the disk."""
+def check_prompt(request: ImageRequest) -> Iterator[Finding]:
+    """Check that there is a prompt, and not too much of it."""
     if not request.title:
         yield Finding("the prompt is missing or empty")
     if len(request.prompt) > MAX_PROMPT_CHARACTERS:
@@ -1454,6 +1490,11 @@ def check_request(request: ImageRequest, options: RunOptions) -> Iterator[Findin
             f"the prompt has {len(request.prompt):,} characters with its labelled lines; "
             f"at most {MAX_PROMPT_CHARACTERS:,} are accepted"
         )
+
+
+def check_request(request: ImageRequest, options: RunOptions) -> Iterator[Finding]:
+    """Check all that can be judged without looking at the disk."""
+    yield from check_prompt(request)
     for key, accepted in (
         ("background", BACKGROUNDS),
         ("output_format", FORMATS),
@@ -1475,6 +1516,8 @@ def check_request(request: ImageRequest, options: RunOptions) -> Iterator[Findin
     for key in ("partial_images", "markup"):
         if options.batch_api and getattr(request, key):
             yield Finding(f"{key} cannot be sent through --batch-api; leave it out")
+    if options.keep_partials and not request.partial_images:
+        yield Finding("--keep-partials means nothing without --partial-images", fatal=False)
     yield from check_format(request, options)
     yield from check_model(request)
 
@@ -1549,14 +1592,18 @@ def check_overlay(
         return
     if not overlay.picture.alpha:
         yield Finding(f"{key} {name} has no alpha channel; it has to be a transparent PNG")
-    if first.picture and overlay.picture.size != first.picture.size:
-        upright = first.picture._replace(width=first.picture.height, height=first.picture.width)
-        drawn_upright = first.picture.turned and overlay.picture.size == upright.size
-        yield Finding(
-            f"{key} {name} is {overlay.picture.size}, the first image {first.picture.size}; "
-            "they have to be of one size",
-            fatal=not drawn_upright,
-        )
+    if first.picture:
+        stored = first.picture
+        upright = stored._replace(width=stored.height, height=stored.width)
+        # A photograph may be stored on its side. The API wants a markup that is drawn upright, and
+        # does not say which way it wants a mask.
+        wanted = upright if stored.turned and key == "markup" else stored
+        size = overlay.picture.size
+        if size != wanted.size:
+            yield Finding(
+                f"{key} {name} is {size}, the first image {wanted.size}; both need one size",
+                fatal=not (stored.turned and key == "mask" and size == upright.size),
+            )
     if overlay.picture.format != "png":
         yield Finding(f"{key} {name} is no PNG; the API documents PNG only", fatal=False)
     if key == "mask" and overlay.bytes > MAX_MASK_BYTES:
@@ -1581,15 +1628,16 @@ def check_run(options: RunOptions) -> Iterator[Finding]:
     if sheet is not None and name_format(sheet) not in PICTURE_FORMATS:
         yield Finding(f"--contact-sheet {sheet}: the name has to end with .png, .jpg or .webp")
     other_concurrency = options.concurrency != DEFAULT_CONCURRENCY
-    for key, given, meant, fatal in (
-        ("no-wait", options.no_wait, options.batch_api, True),
-        ("cancel", options.cancel, options.batch_api, True),
-        ("concurrency", other_concurrency, not options.batch_api, False),
-        ("fail-fast", options.fail_fast, not options.batch_api, False),
+    for key, given, for_batch_api in (
+        ("no-wait", options.no_wait, True),
+        ("cancel", options.cancel, True),
+        ("concurrency", other_concurrency, False),
+        ("fail-fast", options.fail_fast, False),
     ):
-        if given and not meant:
-            without = "out" if options.batch_api else ""
-            yield Finding(f"--{key} has a meaning with{without} --batch-api only", fatal=fatal)
+        if given and options.batch_api and not for_batch_api:
+            yield Finding(f"--{key} means nothing with --batch-api", fatal=False)
+        elif given and for_batch_api and not options.batch_api:
+            yield Finding(f"--{key} needs --batch-api")
 
 
 def check_downscaling(max_dim: int, suffix: str) -> Iterator[Finding]:
@@ -1630,6 +1678,7 @@ class Target(NamedTuple):
     name: str
     replace: bool
     what: str
+    is_draft: bool = False
 
 
 def targets(jobs: Sequence[Job], options: RunOptions) -> Iterator[Target]:
@@ -1642,20 +1691,23 @@ def targets(jobs: Sequence[Job], options: RunOptions) -> Iterator[Target]:
                 what = f"{job.where}the downscaled copy"
                 yield Target(job, output.copy, output.replace_copy, what)
             for name in output.partials:
-                yield Target(job, name, output.replace_copy, f"{job.where}a partial image")
+                what = f"{job.where}a partial image"
+                yield Target(job, name, output.replace_copy, what, is_draft=True)
     if options.contact_sheet:
         replace = options.force or options.skip_existing
         yield Target(None, options.contact_sheet, replace, "the contact sheet")
 
 
-def check_target(name: str, *, replace: bool) -> Iterator[Finding]:
+def check_target(target: Target) -> Iterator[Finding]:
     """Check that a file can be made under a name."""
+    name = target.name
     if os.path.isdir(name):
         yield Finding(f"{name} is a folder; an image is to be written there")
-    elif os.path.lexists(name) and not replace:
+    elif os.path.lexists(name) and not target.replace:
+        other = "replace it too" if target.is_draft else "keep it"
         yield Finding(
             f"{name} exists; choose another name, --force to replace it, "
-            "or --skip-existing to keep it"
+            f"or --skip-existing to {other}"
         )
     elif any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in name.split(os.sep)):
         yield Finding(f"a name of over {MAX_NAME_BYTES} bytes: {received(name)}")
@@ -1668,14 +1720,15 @@ def check_outputs(jobs: Sequence[Job], options: RunOptions) -> Iterator[tuple[Jo
     inputs = {same_file(name) for job in jobs for name in job.request.files}
     taken: dict[str, str] = {}
     folders: dict[str, Job | None] = {}
-    for job, name, replace, what in targets(jobs, options):
+    for target in targets(jobs, options):
+        job, name, what = target.job, target.name, target.what
         key = same_file(name)
         if key in inputs:
             yield job, Finding(f"{name} is an input image; it cannot be written as well")
         elif key in taken:
             yield job, Finding(f"{name} would be written twice: as {what} and as {taken[key]}")
         else:
-            yield from ((job, finding) for finding in check_target(name, replace=replace))
+            yield from ((job, finding) for finding in check_target(target))
         taken.setdefault(key, what)
         folders.setdefault(os.path.dirname(name), job)
     for folder, job in folders.items():
@@ -1818,6 +1871,9 @@ VERDICT_BY_CODE = {
     **dict.fromkeys(NO_MONEY_CODES, ("stop run", "quota")),
     "moderation_blocked": ("fail", "moderation"),
     "model_not_found": ("stop model", "unknown_model"),
+    "rate_limit_exceeded": ("wait", "rate_limit"),
+    "slow_down": ("wait", "rate_limit"),
+    "server_error": ("retry", "server"),
 }
 VERDICT_BY_STATUS = {
     401: ("stop run", "authentication"),
@@ -1912,7 +1968,10 @@ def advised_delay(headers: Mapping[str, str]) -> float | None:
 def judge(
     status: int, said: object, request_id: str | None = None, advised: float | None = None
 ) -> Verdict:
-    """Judge an error that the API answered with; said is its error object, or what came instead."""
+    """Judge an error that the API answered with; said is its error object, or what came instead.
+
+    An error inside a stream or a batch has no status of its own: 0.
+    """
     fields = said if isinstance(said, dict) else {"message": said}
     code, kind_of_error = fields.get("code"), fields.get("type")
     by_code = VERDICT_BY_CODE.get(str(code)) or VERDICT_BY_CODE.get(str(kind_of_error))
@@ -1921,10 +1980,11 @@ def judge(
     remedy = f" ({REMEDIES[kind]})" if kind in REMEDIES else ""
     request = f" [{request_id}]" if request_id else ""
     message = one_line(fields.get("message") or "no explanation")
+    number = f", HTTP {status}" if status else ""
     failure = Failure(
         kind,
-        f"{kind.replace('_', ' ')}, HTTP {status}: {message}{remedy}{request}",
-        str(code or status),
+        f"{kind.replace('_', ' ')}{number}: {message}{remedy}{request}",
+        str(code or status or "") or None,
         retryable=action in ("retry", "wait"),
         maybe_billed=status in LOST_ANSWER_STATUSES,
     )
@@ -1937,7 +1997,6 @@ def classify(error: Exception) -> Verdict:
     import openai
 
     if isinstance(error, openai.APIError) and not isinstance(error, openai.APIConnectionError):
-        # An error inside a stream has no status of its own.
         status = error.status_code if isinstance(error, openai.APIStatusError) else 0
         response = getattr(error, "response", None)
         headers = response.headers if response is not None else {}
@@ -2163,24 +2222,35 @@ def sdk_arguments(request: ImageRequest, stack: ExitStack) -> dict[str, Any]:
 
 
 async def follow_stream(
-    events: AsyncIterator[Any], job: Job, run: Run, exchange: Exchange
+    response: AsyncAPIResponse[Any], job: Job, run: Run, exchange: Exchange
 ) -> bytes:
     """Write the drafts of a streamed image as they arrive; return its end as a plain answer is."""
     import asyncio
 
     import httpx2
+    import openai
 
     loop = asyncio.get_running_loop()
-    async for event in events:
-        if event.type.endswith(".completed"):
-            data = [{"b64_json": event.b64_json}]
-            return json.dumps({**event.model_dump(exclude={"b64_json"}), "data": data}).encode()
-        if event.type.endswith(".partial_image"):
-            index = min(event.partial_image_index, len(job.missing[0].partials) - 1)
-            name = job.missing[0].partials[index]
-            if await loop.run_in_executor(run.savers, save_partial, name, event.b64_json):
-                exchange.partials.append(name)
-                run.report.note(f"{job.where}draft {index + 1}: {name}")
+    output = job.missing[0]
+    drafts = iter(output.partials)
+    try:
+        async for event in await response.parse():
+            kind = str(getattr(event, "type", ""))
+            if kind == "error":
+                body = event.model_dump()
+                raise openai.APIError(str(body.get("message")), response.http_request, body=body)
+            if kind.endswith(".completed"):
+                data = [{"b64_json": event.b64_json}]
+                return json.dumps({**event.model_dump(exclude={"b64_json"}), "data": data}).encode()
+            if kind.endswith(".partial_image") and (name := next(drafts, None)):
+                saved = await loop.run_in_executor(
+                    run.savers, save_partial, name, event.b64_json, output.replace_copy
+                )
+                if saved is not None:
+                    exchange.partials.append(saved)
+                    run.report.note(f"{job.where}draft {len(exchange.partials)}: {saved}")
+    except (ValueError, AttributeError, TypeError) as error:
+        raise bad_answer(f"the stream is damaged: {one_line(error)}") from None
     raise httpx2.RemoteProtocolError("the stream ended before the image")
 
 
@@ -2196,11 +2266,12 @@ async def post(job: Job, run: Run, exchange: Exchange) -> Spool:
         with ExitStack() as stack:
             async with method(**sdk_arguments(request, stack)) as response:
                 exchange.request_id = response.headers.get("x-request-id")
+                # A gateway may answer the request for a stream as if none were asked for.
+                streams = "event-stream" in response.headers.get("content-type", "")
                 spool = Spool()
                 try:
-                    if request.partial_images:
-                        events = await response.parse()
-                        spool.write(await follow_stream(events, job, run, exchange))
+                    if streams:
+                        spool.write(await follow_stream(response, job, run, exchange))
                     else:
                         async for chunk in response.iter_bytes():
                             spool.write(chunk)
@@ -2215,12 +2286,11 @@ async def recover(job: Job, run: Run, exchange: Exchange, verdict: Verdict, peri
     failure, options = verdict.failure, run.options
     exchange.last = failure
     exchange.request_id = verdict.request_id or exchange.request_id
-    exchange.maybe_billed |= failure.maybe_billed
-    delay = retry_delay(verdict, exchange.attempts + 1)
-    if verdict.action == "wait":
+    delay = retry_delay(verdict, exchange.attempts)
+    if verdict.action == "wait" and not exchange.partials:
+        exchange.attempts -= 1
         run.gate.refuse(period, delay)
         return
-    exchange.attempts += 1
     if verdict.action == "stop run":
         run.halt.stop_run(failure)
     elif verdict.action == "stop model":
@@ -2233,6 +2303,7 @@ async def recover(job: Job, run: Run, exchange: Exchange, verdict: Verdict, peri
         raise JobError(failure)
     if delay > exchange.patience:
         raise exchange.gave_up()
+    exchange.maybe_billed |= failure.maybe_billed
     billed = "; it may have been billed" if failure.maybe_billed else ""
     run.report.note(
         f"{job.where}{failure.message}{billed}; "
@@ -2248,12 +2319,12 @@ async def send(job: Job, run: Run, exchange: Exchange) -> Spool:
 
     while True:
         period = await run.gate.admit(job, exchange)
+        exchange.attempts += 1
         try:
             spool = await post(job, run, exchange)
         except (openai.APIError, httpx2.HTTPError, httpx2.StreamError, OSError) as error:
             await recover(job, run, exchange, classify(error), period)
         else:
-            exchange.attempts += 1
             run.gate.taken()
             return spool
 
@@ -2398,11 +2469,25 @@ def free_names(name: str) -> Iterator[str]:
         number += 1
 
 
-def write_file(name: str, content: bytes, *, replace: bool, sync: bool = False) -> str:
+def holds(name: str, content: bytes) -> bool:
+    """Tell whether a file has this very content, as after a collection that was interrupted."""
+    try:
+        if os.path.getsize(name) != len(content):
+            return False
+        with open(name, "rb") as file:
+            return file.read() == content
+    except OSError:
+        return False
+
+
+def write_file(
+    name: str, content: bytes, *, replace: bool, reuse: bool = False, sync: bool = False
+) -> str:
     """Write a whole file or none, and return its name.
 
     Without replace, a file that stands there already is kept, even if it came a moment ago: the new
-    one goes beside it, under the first free name. Raises OSError.
+    one goes beside it, under the first free name; with reuse, a file that has this very content is
+    taken for it. With sync, the content outlives a power cut. Raises OSError.
     """
     import secrets
 
@@ -2412,7 +2497,7 @@ def write_file(name: str, content: bytes, *, replace: bool, sync: bool = False) 
     try:
         with open(temporary, "xb") as file:
             file.write(content)
-            if sync:  # for what has to outlive a power cut
+            if sync:
                 file.flush()
                 os.fsync(file.fileno())
         if replace:
@@ -2422,7 +2507,8 @@ def write_file(name: str, content: bytes, *, replace: bool, sync: bool = False) 
             try:
                 place(temporary, candidate)
             except FileExistsError:
-                continue
+                if not (reuse and holds(candidate, content)):
+                    continue
             return candidate
         raise AssertionError
     finally:
@@ -2461,23 +2547,10 @@ def rescue(name: str, content: bytes) -> str | None:
         return None
 
 
-def holds(name: str, content: bytes) -> bool:
-    """Tell whether a file has this very content, as after a collection that was interrupted."""
-    try:
-        if os.path.getsize(name) != len(content):
-            return False
-        with open(name, "rb") as file:
-            return file.read() == content
-    except OSError:
-        return False
-
-
 def save_image(output: Output, content: bytes, picture: Picture) -> Saved:
     """Write one original, byte for byte as it came."""
     try:
-        name = output.path
-        if not (output.collected and holds(name, content)):
-            name = write_file(name, content, replace=output.replace)
+        name = write_file(output.path, content, replace=output.replace, reuse=output.collected)
     except OSError as error:
         saved = rescue(output.path, content)
         where = f"it was saved as {saved}" if saved else "it is lost"
@@ -2486,14 +2559,13 @@ def save_image(output: Output, content: bytes, picture: Picture) -> Saved:
     return Saved(name, len(content), picture.width, picture.height, picture.format, picture.alpha)
 
 
-def save_partial(name: str, encoded: str) -> bool:
+def save_partial(name: str, encoded: str, replace: bool) -> str | None:  # noqa: FBT001
     """Write a draft of a streamed image; one that cannot be written is not worth a failure."""
     try:
         content, _ = decode_image({"b64_json": encoded})
-        write_file(name, content, replace=True)
+        return write_file(name, content, replace=replace)
     except (JobError, OSError):
-        return False
-    return True
+        return None
 
 
 class Landing(NamedTuple):
@@ -2970,6 +3042,8 @@ async def settle(job: Job, landing: Landing, exchange: Exchange, run: Run) -> Ou
     if exchange.maybe_billed:
         warnings.append("an earlier attempt may have been billed without an image")
     usage = landing.answer.get("usage")
+    if isinstance(usage, dict) and (svg_usage := landing.answer.get("svg_usage")):
+        usage = {**usage, "svg_usage": svg_usage}
     delivery = Delivery(
         images=tuple(image for _, image in images_on_disk(job, landing)),
         copies=tuple(copies),
@@ -3248,19 +3322,19 @@ def job_digests(jobs: Iterable[Job]) -> dict[int, str]:
     return digests
 
 
-def changed_jobs(state: BatchState, jobs: Sequence[Job]) -> list[Job]:
-    """Return the jobs that are not what a run has submitted."""
+def changed_jobs(state: BatchState, jobs: Sequence[Job]) -> str:
+    """Say how jobs differ from what a run has submitted; empty if they do not."""
+    if len(jobs) != len(state.digests):
+        return f"there are {counted(len(jobs), 'job')} instead of {len(state.digests):,}"
     digests = job_digests(jobs)
-    gone = len(state.digests) > len(jobs)
-    return [
-        job
-        for job in jobs
-        if gone or digests[job.number] not in ("", state.digests.get(job.number))
-    ] or list(jobs[:1] if gone else ())
+    changed = [job for job in jobs if digests[job.number] not in ("", state.digests[job.number])]
+    if not changed:
+        return ""
+    return f"{counted(len(changed), 'job')} changed, first that of {changed[0].where.strip(': ')}"
 
 
 def continued(options: RunOptions, jobs: Sequence[Job]) -> RunOptions:
-    """Return the options with which a folder's run goes on, if it has one.
+    """Return the options with which a folder's run goes on, if it has one and the jobs are its own.
 
     A run goes on until it is finished; after that its command finds it finished, unless it asks for
     a new one by --force or --skip-existing. What a run has written is no obstacle to its going on.
@@ -3271,10 +3345,18 @@ def continued(options: RunOptions, jobs: Sequence[Job]) -> RunOptions:
         raise UsageError([problem])
     if state is None:
         return options
-    changed = bool(changed_jobs(state, jobs))
+    changed = changed_jobs(state, jobs)
     again = options.force or options.skip_existing
     if (state.finished and (changed or again)) or (state.untouched and changed):
         return options
+    if changed:
+        problem = (
+            f"the jobs are not those that {options.out_dir} has submitted and not collected "
+            f"({changed}): go on with the former --input, take another --out-dir, or end that run "
+            "with --cancel and the former --input; to give up its images, delete "
+            f"{state.path}"
+        )
+        raise UsageError([problem])
     return options._replace(
         skip_existing=not state.force,
         force=state.force,
@@ -3307,7 +3389,7 @@ def locked(folder: str) -> Iterator[None]:
 
 
 def open_state(folder: str, jobs: Sequence[Job], options: RunOptions) -> BatchState:
-    """Go on with the run of a folder, if it is the same, or begin one."""
+    """Go on with the run of a folder, or begin one; the folder is locked by now."""
     state = load_state(folder)
     if options.resumes is None:
         if state is not None and not state.finished and not state.untouched:
@@ -3315,14 +3397,6 @@ def open_state(folder: str, jobs: Sequence[Job], options: RunOptions) -> BatchSt
         return new_state(folder, jobs, options, state.uploads if state else {})
     if state is None or state.run != options.resumes:
         raise UsageError([f"another process has begun a run in {folder}; repeat the command"])
-    if changed := changed_jobs(state, jobs):
-        problem = (
-            f"{changed[0].where}the jobs are not those that {folder} has submitted and not "
-            f"collected ({counted(len(changed), 'change')}): go on with the former --input, take "
-            "another --out-dir, or end that run with --cancel and the former --input; to give up "
-            f"its images, delete {state.path}"
-        )
-        raise UsageError([problem])
     return state
 
 
@@ -3357,7 +3431,7 @@ class Result(NamedTuple):
     executed: bool = True
 
 
-def fields(value: object) -> dict[str, Any]:
+def object_of(value: object) -> dict[str, Any]:
     """Return an object of an answer, an empty one where something else stands."""
     return value if isinstance(value, dict) else {}
 
@@ -3370,14 +3444,17 @@ def read_result(
     Takes the line's job out of waiting; None stands for a job whose result has come before. Raises
     a ValueError for a line that is none, as at the end of a file that was cut off.
     """
-    content = fields(json.loads(line))
+    try:
+        content = object_of(json.loads(line))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     custom_id = content.get("custom_id")
     if not isinstance(custom_id, str):
         raise ValueError("no custom_id")  # noqa: TRY004
     job = waiting.pop(custom_id, None)
     if job is None and custom_id in known:
         return None
-    response, error = fields(content.get("response")), fields(content.get("error"))
+    response, error = object_of(content.get("response")), object_of(content.get("error"))
     request_id = str(response.get("request_id") or "") or None
     if not response:
         code = str(error.get("code") or "batch_error")
@@ -3386,7 +3463,7 @@ def read_result(
         return Result(custom_id, job, Landing(failure=failure), executed=False)
     body, status = response.get("body"), response.get("status_code")
     if status != 200:
-        said = fields(body).get("error") or error or body
+        said = object_of(body).get("error") or error or body
         verdict = judge(status if isinstance(status, int) else 0, said)
         return Result(custom_id, job, Landing(failure=verdict.failure), request_id)
     try:
@@ -3404,7 +3481,7 @@ def stray_job(custom_id: str, folder: str, count: int) -> Job:
     return Job(0, 0, ImageRequest(custom_id, custom_id), outputs, outputs)
 
 
-def trouble(error: Exception) -> Verdict:
+def judge_call(error: Exception) -> Verdict:
     """Judge an error of the calls that are not about one image."""
     import openai
 
@@ -3412,7 +3489,7 @@ def trouble(error: Exception) -> Verdict:
         return Verdict("fail", Failure("disk", f"the disk failed: {one_line(error)}"))
     verdict = classify(error)
     if isinstance(error, openai.APIStatusError) and verdict.action == "stop model":
-        said = fields(error.body).get("message") or error.message
+        said = object_of(error.body).get("message") or error.message
         message = f"the Batch API, HTTP {error.status_code}: {one_line(said)}"
         return Verdict("fail", verdict.failure._replace(kind="batch_api", message=message))
     return verdict
@@ -3465,7 +3542,7 @@ class BatchRun:
                     self.state.change(index, file_id=file_id)
                 await self.create(index)
             except (openai.APIError, httpx2.HTTPError) as error:
-                verdict = trouble(error)
+                verdict = judge_call(error)
                 self.refused[index] = verdict.failure
                 if verdict.action == "stop run":
                     return
@@ -3533,8 +3610,9 @@ class BatchRun:
                     metadata={RUN_KEY: self.state.run, SHARD_KEY: str(index)},
                 )
             except (openai.APIError, httpx2.HTTPError) as error:
-                verdict = trouble(error)
+                verdict = judge_call(error)
                 attempts += verdict.action == "retry"
+                self.state.change(index, creating=verdict.action == "retry")
                 delay = retry_delay(verdict, attempts + 1)
                 patience -= delay
                 hopeless = verdict.action not in ("retry", "wait")
@@ -3562,6 +3640,7 @@ class BatchRun:
 
     async def cancel(self) -> None:
         """Cancel what is not settled; what was never created is settled by that."""
+        import httpx2
         import openai
 
         self.state.planned = True
@@ -3572,10 +3651,13 @@ class BatchRun:
             self.state.change(index, batch_id=batch_id, settled=batch_id is None)
             if batch_id is not None:
                 try:
-                    await self.run.client.batches.cancel(batch_id)
+                    await self.retrying.batches.cancel(batch_id)
                     self.run.report.note(f"batch {batch_id}: cancelling")
                 except openai.ConflictError:  # it has ended by itself, and is collected as it is
                     continue
+                except (openai.APIError, httpx2.HTTPError) as error:
+                    said = judge_call(error).failure.message
+                    self.run.report.error(f"batch {batch_id} is not cancelled: {said}")
         self.state.save()
 
     async def collect(self) -> AsyncIterator[Outcome]:
@@ -3585,8 +3667,8 @@ class BatchRun:
 
         delay, silent_since = 0.0, None
         halt, options, clock = self.run.halt, self.run.options, self.run.gate.clock
-        left = [i for i, shard in enumerate(self.state.shards) if shard.batch_id]
-        left = [i for i in left if not self.state.shards[i].settled]
+        shards = enumerate(self.state.shards)
+        left = [index for index, shard in shards if shard.batch_id and not shard.settled]
         while left:
             await halt.sleep(delay)
             delay = min(MAX_POLL_SECONDS, max(POLL_SECONDS, delay * 1.5))
@@ -3597,12 +3679,17 @@ class BatchRun:
                     batch = await self.retrying.batches.retrieve(batch_id)
                     silent_since = None
                 except (openai.APIError, httpx2.HTTPError) as error:
-                    verdict = trouble(error)
+                    verdict = judge_call(error)
                     silent_since = silent_since or clock()
                     lasting = clock() - silent_since > options.max_wait
-                    if verdict.action not in ("retry", "wait") or lasting or options.no_wait:
+                    if verdict.action == "stop run" or lasting:
                         raise
-                    self.run.report.note(f"{verdict.failure.message}; the batches go on")
+                    if verdict.action in ("retry", "wait") and not options.no_wait:
+                        self.run.report.note(f"{verdict.failure.message}; the batches go on")
+                        continue
+                    left.remove(index)
+                    async for outcome in self.give_up(index, verdict.failure):
+                        yield outcome
                     continue
                 self.show(index, batch)
                 if batch.status in ENDED:
@@ -3611,6 +3698,15 @@ class BatchRun:
                         yield outcome
             if options.no_wait:
                 return
+
+    async def give_up(
+        self, index: int, failure: Failure, waiting: Mapping[str, Job] | None = None
+    ) -> AsyncIterator[Outcome]:
+        """Fail the jobs of a batch that the API does not give out; the others go on."""
+        way_on = f"; if it stays so, delete {self.state.path} and repeat with --skip-existing"
+        failure = failure._replace(message=failure.message + way_on, maybe_billed=True)
+        for job in (self.asked(index) if waiting is None else waiting).values():
+            yield await settle(job, Landing(failure=failure), Exchange(0.0), self.run)
 
     def show(self, index: int, batch: Batch) -> None:
         """Tell how a batch stands, when that has changed."""
@@ -3623,19 +3719,28 @@ class BatchRun:
 
     async def collect_shard(self, index: int, batch: Batch) -> AsyncIterator[Outcome]:
         """Save all results of an ended batch, join them to their jobs, and name what is missing."""
+        import httpx2
+        import openai
+
         waiting = self.asked(index)
         known = frozenset(waiting)
         whole = True
-        for file_id in filter(None, (batch.output_file_id, batch.error_file_id)):
-            async for outcome in self.results(file_id, waiting, known):
-                if isinstance(outcome, BaseException):
-                    whole = False
-                    if not isinstance(outcome, ValueError):
+        try:
+            for file_id in filter(None, (batch.output_file_id, batch.error_file_id)):
+                async for outcome in self.results(file_id, waiting, known):
+                    if isinstance(outcome, ValueError):
+                        whole = False
+                    elif isinstance(outcome, BaseException):
                         raise outcome
-                elif outcome is not None:
-                    # What could not be written is still there to be fetched once more.
-                    whole &= not (isinstance(outcome, Failed) and outcome.failure.kind == "write")
-                    yield outcome
+                    elif outcome is not None:
+                        # What could not be written is still there to be fetched once more.
+                        lost = isinstance(outcome, Failed) and outcome.failure.kind == "write"
+                        whole &= not lost
+                        yield outcome
+        except (openai.APIError, httpx2.HTTPError) as error:
+            async for outcome in self.give_up(index, judge_call(error).failure, waiting):
+                yield outcome
+            return
         if whole and (batch.status != "completed" or not waiting):
             self.state.change(index, settled=True)
         failure_of = self.missing_results(index, batch)
@@ -3716,7 +3821,7 @@ class BatchRun:
                         self.run.halt.check()
                         file.write(chunk)
             except (openai.APIError, httpx2.HTTPError) as error:
-                verdict = trouble(error)
+                verdict = judge_call(error)
                 attempts += 1
                 if verdict.action != "retry" or attempts >= self.run.options.max_attempts:
                     raise
@@ -3733,9 +3838,17 @@ class BatchRun:
         import asyncio
 
         loop = asyncio.get_running_loop()
-        found = await loop.run_in_executor(
-            self.run.savers, read_result, line, waiting, known, self.folder
-        )
+        try:
+            found = await loop.run_in_executor(
+                self.run.savers, read_result, line, waiting, known, self.folder
+            )
+        except ValueError:
+            raise
+        except Exception as error:
+            import traceback
+
+            traceback.print_exc()  # a bug must not take the results of the other jobs along
+            raise ValueError(repr(error)) from error
         if found is None:
             return None
         if found.job is None:
@@ -3801,7 +3914,7 @@ async def run_batches(jobs: Sequence[Job], options: RunOptions, report: Report) 
             except JobError as error:
                 halted = error.failure
             except (openai.APIError, httpx2.HTTPError, OSError) as error:
-                halted = trouble(error).failure
+                halted = judge_call(error).failure
             except asyncio.CancelledError:
                 halted = Failure("interrupted", "interrupted", retryable=True)
             shards = {number: i for i, row in enumerate(state.shards) for number in row.numbers}
@@ -3819,6 +3932,8 @@ def how_to_go_on(state: BatchState) -> str:
     """Say what the next command is."""
     if state.finished:
         return "To submit what is missing, repeat the command with --skip-existing."
+    if state.untouched:
+        return "To go on, repeat the command."
     return "To collect the images, repeat the command; to stop the batches, add --cancel to it."
 
 
@@ -3852,7 +3967,9 @@ def run_command(arguments: dict[str, Any]) -> int:
         report.warn(warning)
     if options.dry_run:
         for job in jobs:
-            if job.missing:
+            if options.submitted:
+                report.note(f"{job.where}nothing to send, it is submitted already")
+            elif job.missing:
                 report.result(show_job(job, options, numbered=batch))
             else:
                 report.note(f"{job.where}nothing to send, its files are there")
@@ -3880,7 +3997,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        return run_command(vars(build_parser().parse_args(argv)))
+        words_given = sys.argv[1:] if argv is None else argv
+        only = words_given[0] if words_given and words_given[0] in COMMANDS else None
+        return run_command(vars(build_parser(only).parse_args(argv)))
     except UsageError as error:
         for problem in error.problems:
             tell(f"Error: {problem}")
