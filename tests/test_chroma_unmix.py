@@ -1,0 +1,340 @@
+"""Unmixing: drawn subjects with known alpha, recomposited; and what no picture may do to it."""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from chroma_oracle import (
+    Subject,
+    cut_out,
+    disc,
+    flat,
+    glass,
+    grid,
+    hairs,
+    load,
+    recomposite_psnr,
+    run,
+    save,
+    supersampled,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from remove_chroma_key import (
+    Backdrop,
+    dilate,
+    has_subsampled_chroma,
+    hue_pairs,
+    key_free_share,
+    sharpen_chroma,
+)
+
+if TYPE_CHECKING:
+    from chroma_oracle import U8, Colour
+
+UNMIX = ("--auto-key", "border", "--unmix")
+GREEN: Colour = (0, 255, 0)
+KEYS: list[Colour] = [GREEN, (255, 0, 255), (0, 0, 255), (4, 249, 11), (8, 162, 24)]
+HEX = "#{0[0]:02x}{0[1]:02x}{0[2]:02x}".format
+
+
+def jpeg(pixels: U8, quality: int = 90) -> U8:
+    """What a JPEG with half-resolution chroma leaves of a picture."""
+    stored = io.BytesIO()
+    Image.fromarray(pixels).save(stored, "JPEG", quality=quality, subsampling="4:2:0")
+    with Image.open(stored) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+# ── Recomposites of drawn subjects ───────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("key", KEYS, ids=HEX)
+@pytest.mark.parametrize(
+    ("truth", "least"),
+    [
+        pytest.param(disc((128, 128, 128)), 55, id="grey disc"),
+        pytest.param(disc((20, 20, 20)), 55, id="black disc"),
+        pytest.param(disc((230, 60, 40)), 48, id="red disc"),
+        pytest.param(disc((240, 200, 60)), 48, id="yellow disc"),
+        pytest.param(hairs((60, 60, 60)), 50, id="dark hair"),
+        pytest.param(hairs((250, 250, 250)), 48, id="white hair"),
+        pytest.param(glass(), 46, id="glass"),
+    ],
+)
+def test_a_clean_composite_looks_the_same_on_any_other_background(
+    truth: Subject, least: float, key: Colour, tmp_path: Path
+) -> None:
+    cut = cut_out(tmp_path, truth.composite(key), *UNMIX)
+    assert recomposite_psnr(cut, truth) >= least
+
+
+@pytest.mark.parametrize(
+    ("key", "colour"),
+    [
+        pytest.param(GREEN, (80, 200, 140), id="teal on green"),
+        pytest.param(GREEN, (0, 200, 0), id="green on green"),
+        pytest.param((0, 0, 255), (90, 110, 210), id="blue on blue"),
+        pytest.param((255, 0, 255), (170, 110, 190), id="purple on magenta"),
+    ],
+)
+@pytest.mark.parametrize("noise", [0.0, 2.0], ids=["clean", "noise"])
+def test_a_subject_that_shares_the_hue_of_the_key_gets_no_holes(
+    key: Colour, colour: Colour, noise: float, tmp_path: Path
+) -> None:
+    truth = disc(colour)
+    cut = cut_out(tmp_path, truth.composite(key, noise=noise), *UNMIX)
+    solid = truth.alpha == 1
+    assert (cut[..., 3][solid] > 245).mean() > 0.93
+    assert np.abs(cut[..., :3][solid].astype(int) - colour).mean() < 4
+    assert recomposite_psnr(cut, truth) > 28
+
+
+@pytest.mark.parametrize("noise", [1.0, 2.0, 4.0])
+def test_noise_in_the_background_leaves_no_haze(noise: float, tmp_path: Path) -> None:
+    truth = disc((128, 120, 110))
+    cut = cut_out(tmp_path, truth.composite(GREEN, noise=noise), *UNMIX)
+    assert (cut[..., 3][truth.alpha == 0] > 8).mean() < 0.02
+    assert recomposite_psnr(cut, truth) > 36
+
+
+def test_a_slow_drift_of_the_background_leaves_no_haze(tmp_path: Path) -> None:
+    truth = disc((128, 120, 110))
+    rows, columns = grid(96, 1)
+    drift = 6 * np.stack([np.sin(rows / 40 + i) * np.cos(columns / 30) for i in range(3)], -1)
+    background = np.clip(np.array((8, 240, 12)) + drift, 0, 255)
+    pixels = np.rint(truth.on(background)).astype(np.uint8)
+    cut = cut_out(tmp_path, pixels, *UNMIX)
+    assert (cut[..., 3][truth.alpha == 0] > 8).mean() < 0.02
+    assert recomposite_psnr(cut, truth) > 36
+
+
+def test_a_glow_of_one_colour_keeps_its_colour_on_any_key(tmp_path: Path) -> None:
+    size = 128
+    rows, columns = grid(size, 1)
+    distance = np.hypot(rows - size / 2, columns - size / 2)
+    alpha = np.clip(1.05 - distance / 50, 0, 0.9)
+    truth = Subject(colour=flat(size, (255, 215, 70)), alpha=alpha)
+    for key in (GREEN, (0, 0, 255), (255, 0, 255)):
+        cut = cut_out(tmp_path, truth.composite(key), *UNMIX)
+        assert recomposite_psnr(cut, truth) > 16, key
+
+
+def test_a_soft_black_shadow_stays_a_shadow_beside_an_opaque_subject(tmp_path: Path) -> None:
+    size = 128
+    rows, columns = grid(size)
+    body = supersampled(size, np.hypot(rows - 50, columns - 64) < 30)
+    soft_rows, soft_columns = grid(size, 1)
+    spread = np.hypot((soft_rows - 96) * 2.2, soft_columns - 64)
+    shadow = np.clip(0.55 - spread / 90, 0, 1)
+    alpha = body + shadow * (1 - body)
+    colour = flat(size, (180, 170, 160)) * (body / np.maximum(alpha, 1e-6))[..., None]
+    truth = Subject(colour=colour, alpha=alpha)
+    assert recomposite_psnr(cut_out(tmp_path, truth.composite(GREEN), *UNMIX), truth) > 42
+
+
+def test_an_opaque_subject_of_the_key_s_hue_stays_opaque_above_its_shadow(tmp_path: Path) -> None:
+    size = 160
+    rows, columns = grid(size)
+    body = supersampled(size, np.hypot(rows - 60, columns - 80) < 40)
+    soft_rows, soft_columns = grid(size, 1)
+    shadow = np.clip(0.6 - np.hypot((soft_rows - 118) * 2.2, soft_columns - 80) / 110, 0, 1)
+    alpha = body + shadow * (1 - body)
+    colour = flat(size, (80, 200, 140)) * (body / np.maximum(alpha, 1e-6))[..., None]
+    truth = Subject(colour=colour, alpha=alpha)
+    cut = cut_out(tmp_path, truth.composite(GREEN), *UNMIX)
+    assert (cut[..., 3][body == 1] == 255).all()
+    assert recomposite_psnr(cut, truth) > 40
+
+
+@pytest.mark.parametrize(
+    ("colour", "key"),
+    [
+        pytest.param((120, 70, 40), GREEN, id="brown on green"),
+        pytest.param((220, 180, 110), (0, 0, 255), id="blond on blue"),
+        pytest.param((190, 60, 40), (255, 0, 255), id="red on magenta"),
+    ],
+)
+def test_coloured_strands_of_three_pixels_are_exact(
+    colour: Colour, key: Colour, tmp_path: Path
+) -> None:
+    rows, columns = grid(96)
+    strands = np.abs((columns + 0.35 * rows) % 14 - 7) < 1.5
+    inside = strands & (rows > 10) & (columns > 10) & (columns < 86) & (rows < 86)
+    truth = Subject(colour=flat(96, colour), alpha=supersampled(96, inside))
+    assert recomposite_psnr(cut_out(tmp_path, truth.composite(key), *UNMIX), truth) > 50
+
+
+@pytest.mark.parametrize("key", [(255, 255, 255), (0, 0, 0), (128, 128, 128)], ids=HEX)
+def test_a_key_without_a_hue_works_for_opaque_subjects(key: Colour, tmp_path: Path) -> None:
+    truth = disc((200, 60, 60))
+    assert recomposite_psnr(cut_out(tmp_path, truth.composite(key), *UNMIX), truth) > 55
+
+
+def test_opaque_pixels_keep_the_very_colour_of_the_input(tmp_path: Path) -> None:
+    truth = disc((200, 60, 90))
+    pixels = truth.composite(GREEN, noise=2)
+    cut = cut_out(tmp_path, pixels, *UNMIX)
+    opaque = cut[..., 3] == 255
+    assert opaque.sum() > 2000
+    assert (cut[..., :3][opaque] == pixels[opaque]).all()
+
+
+def test_lossy_chroma_is_sharpened_by_the_luma_that_is_still_sharp(tmp_path: Path) -> None:
+    truth = hairs((20, 20, 20))
+    clean = truth.composite(GREEN)
+    lossy = jpeg(clean)
+    restored = sharpen_chroma(lossy.transpose(2, 0, 1).astype(np.float32)).transpose(1, 2, 0)
+    before = np.square(lossy.astype(float) - clean).mean()
+    after = np.square(restored - clean).mean()
+    assert after < 0.6 * before
+    assert recomposite_psnr(cut_out(tmp_path, lossy, *UNMIX), truth) > 24
+
+
+@pytest.mark.parametrize(
+    ("subsampled", "pixels"),
+    [
+        pytest.param(True, jpeg(disc((30, 40, 50)).composite(GREEN)), id="JPEG disc"),
+        pytest.param(True, jpeg(hairs((200, 60, 50)).composite(GREEN)), id="JPEG hair"),
+        pytest.param(False, disc((30, 40, 50)).composite(GREEN), id="clean disc"),
+        pytest.param(False, hairs((200, 60, 50)).composite(GREEN, noise=2), id="noisy hair"),
+        pytest.param(False, np.zeros((9, 9, 3), np.uint8), id="nothing"),
+    ],
+)
+def test_subsampled_chroma_is_told_from_full_chroma(*, subsampled: bool, pixels: U8) -> None:
+    red, green, blue = pixels.transpose(2, 0, 1)
+    assert has_subsampled_chroma((red, green, blue)) is subsampled
+
+
+# ── --subject ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_subject_decides_what_one_picture_cannot_tell(tmp_path: Path) -> None:
+    truth = disc((80, 200, 140))
+    pixels = truth.composite(GREEN)
+    centre = np.s_[40:56, 40:56, 3]
+    assert (cut_out(tmp_path, pixels, *UNMIX)[centre] == 255).all()
+    assert (cut_out(tmp_path, pixels, *UNMIX, "--subject", "opaque")[centre] == 255).all()
+    assert (cut_out(tmp_path, pixels, *UNMIX, "--subject", "translucent")[centre] < 230).all()
+
+
+def test_a_pane_with_a_bright_fade_makes_the_subject_see_through(tmp_path: Path) -> None:
+    size = 128
+    alpha = np.zeros((size, size))
+    alpha[16:80, 24:104] = 0.6
+    alpha[80:112, 24:104] = np.linspace(0.3, 0.0, 32)[:, None]
+    colour = flat(size, (90, 180, 240))
+    colour[80:] = (190, 190, 190)
+    truth = Subject(colour=colour, alpha=alpha)
+    cut = cut_out(tmp_path, truth.composite(GREEN), *UNMIX)
+    assert cut[40:60, 40:80, 3].mean() == pytest.approx(153, abs=12)
+
+
+# ── Parts ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@given(
+    subject=st.tuples(*[st.integers(0, 255)] * 3),
+    key=st.sampled_from(KEYS),
+    alpha=st.floats(0, 1),
+)
+def test_q_is_linear_in_alpha_for_every_subject(subject: Colour, key: Colour, alpha: float) -> None:
+    backdrop = Backdrop(key=np.array(key, np.float32), grain=0, spread=0, threshold=0)
+    foreground = np.array(subject, np.float32)
+    mixed = alpha * foreground + (1 - alpha) * backdrop.key
+    q_mixed, q_subject, q_key = (
+        float(key_free_share(colour.astype(np.float32)[:, None], backdrop)[0])
+        for colour in (mixed, foreground, backdrop.key)
+    )
+    assert q_key == pytest.approx(0, abs=1e-5)
+    assert q_mixed == pytest.approx(alpha * q_subject, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("key", "pairs"),
+    [
+        pytest.param(GREEN, [(1, 0), (1, 2)], id="green"),
+        pytest.param((255, 0, 255), [(0, 1), (2, 1)], id="magenta"),
+        pytest.param((255, 200, 0), [(0, 2)], id="a nearly lit channel says nothing"),
+        pytest.param((120, 120, 120), [], id="grey has no hue"),
+    ],
+)
+def test_hue_pairs_are_the_differences_that_tell_the_key(
+    key: Colour, pairs: list[tuple[int, int]]
+) -> None:
+    assert hue_pairs(np.array(key, np.float32)) == pairs
+
+
+@given(seed=st.integers(0, 999), reach=st.integers(1, 9))
+def test_dilating_a_mask_is_growing_every_pixel_to_a_square(seed: int, reach: int) -> None:
+    random = np.random.default_rng(seed)
+    mask = random.random(random.integers(1, 20, 2)) < 0.1
+    expected = np.zeros_like(mask)
+    for y, x in np.argwhere(mask):
+        expected[max(0, y - reach) : y + reach + 1, max(0, x - reach) : x + reach + 1] = True
+    assert (dilate(mask, reach) == expected).all()
+
+
+# ── Any picture at all ───────────────────────────────────────────────────────────────────────────
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 2**20),
+    width=st.integers(1, 40),
+    height=st.integers(1, 40),
+    mode=st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "F"]),
+    flags=st.sampled_from(
+        [
+            UNMIX,
+            ("--unmix", "--key-color", "#808080"),
+            ("--unmix", "--key-color", "#123456", "--subject", "translucent"),
+            (*UNMIX, "--subject", "opaque", "--edge-contract", "2", "--edge-feather", "1.5"),
+            ("--auto-key", "corners", "--soft-matte", "--despill"),
+        ]
+    ),
+)
+def test_any_size_and_mode_gives_a_picture_of_that_size_without_colour_under_alpha_0(
+    seed: int, width: int, height: int, mode: str, flags: tuple[str, ...]
+) -> None:
+    random = np.random.default_rng(seed)
+    pixels = np.where(
+        random.random((height, width, 1)) < 0.5, (0, 255, 0, 255), random.integers(0, 256, 4)
+    ).astype(np.uint8)
+    image = Image.fromarray(pixels)
+    if mode in {"CMYK", "YCbCr", "F", "I;16"}:
+        image = image.convert("L" if mode in {"F", "I;16"} else "RGB")
+    suffix = ".tif" if mode in {"CMYK", "YCbCr", "F"} else ".png"
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / f"in{suffix}", Path(folder) / "out.webp"
+        image.convert(mode).save(source)
+        outcome = run("--input", source, "--out", target, "--json", *flags)
+        assert outcome.exit_code == 0, outcome.stderr
+        cut = load(target)
+        report = json.loads(outcome.stdout)
+    assert cut.shape == (height, width, 4)
+    assert (report["width"], report["height"]) == (width, height)
+    assert not cut[cut[..., 3] == 0].any()
+
+
+def test_a_subject_without_any_background_is_left_as_it_is(tmp_path: Path) -> None:
+    grey = np.random.default_rng(1).integers(0, 256, (40, 40, 1)).astype(np.uint8)
+    cut = cut_out(tmp_path, grey.repeat(3, axis=2), "--unmix")
+    assert (cut[..., :3] == grey).all()
+    assert (cut[..., 3] == 255).all()
+
+
+def test_the_alpha_of_the_input_is_kept(tmp_path: Path) -> None:
+    pixels = np.dstack([disc((90, 90, 90)).composite(GREEN), np.full((96, 96), 128, np.uint8)])
+    source, target = save(tmp_path / "in.png", pixels), tmp_path / "out.png"
+    assert run("--input", source, "--out", target, *UNMIX).exit_code == 0
+    cut = load(target)
+    assert (cut[40:50, 40:50] == (90, 90, 90, 128)).all()
+    assert not cut[:5, :5].any()

@@ -1,0 +1,528 @@
+"""The command line of remove_chroma_key.py: files in, files out, and every way to be refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import remove_chroma_key
+from chroma_oracle import Outcome, disc, load, run, save
+from PIL import Image, ImageCms
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from chroma_oracle import U8
+
+SCRIPT = Path(remove_chroma_key.__file__)
+GREEN = (0, 255, 0)
+UNMIX = ("--auto-key", "border", "--unmix")
+
+
+def grey_disc() -> U8:
+    return disc((120, 110, 100)).composite(GREEN)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    """A grey disc on green."""
+    return save(tmp_path / "disc.png", grey_disc())
+
+
+def in_process(*argv: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, argv)],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+
+
+# ── What is printed and written ──────────────────────────────────────────────────────────────────
+
+
+def test_a_cut_out_is_reported_in_the_known_words(picture: Path, tmp_path: Path) -> None:
+    target = tmp_path / "cut.png"
+    outcome = run("--input", picture, "--out", target)
+    alpha = load(target)[..., 3]
+    assert outcome.exit_code == 0
+    assert outcome.stdout.splitlines() == [
+        f"Wrote {target}",
+        "Key color: #00ff00",
+        f"Transparent pixels: {(alpha == 0).sum()}/{alpha.size}",
+        f"Partially transparent pixels: 0/{alpha.size}",
+    ]
+
+
+def test_the_script_runs_alone_as_a_process(picture: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere.py"
+    copy.write_bytes(SCRIPT.read_bytes())
+    target = tmp_path / "cut.webp"
+    done = subprocess.run(
+        [sys.executable, str(copy), "--input", str(picture), "--out", str(target), *UNMIX],
+        capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"Wrote {target}\nKey color: #00ff00\n")
+    assert load(target)[0, 0].tolist() == [0, 0, 0, 0]
+
+
+def test_json_tells_an_agent_what_it_must_know(picture: Path, tmp_path: Path) -> None:
+    target = tmp_path / "cut.png"
+    outcome = run("--input", picture, "--out", target, *UNMIX, "--json")
+    assert outcome.json_lines == [
+        {
+            "input": str(picture),
+            "output": str(target),
+            "width": 96,
+            "height": 96,
+            "key_color": "#00ff00",
+            "border_uniform": 1.0,
+            "border_spread": 0.0,
+            "transparent": pytest.approx(0.59, abs=0.02),
+            "partial": pytest.approx(0.03, abs=0.02),
+            "opaque": pytest.approx(0.38, abs=0.02),
+            "corners_transparent": 4,
+            "residual_spill": pytest.approx(0, abs=1),
+            "key_hued": 0.0,
+            "touches_border": [],
+            "warnings": [],
+        }
+    ]
+
+
+def test_help_lists_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        remove_chroma_key.main(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert "Exit codes: 0 every requested image is on disk" in printed
+    assert "--unmix" in printed
+
+
+# ── Self-check ───────────────────────────────────────────────────────────────────────────────────
+
+
+def warned(folder: Path, pixels: U8, *flags: str) -> str:
+    outcome = run("--input", save(folder / "in.png", pixels), "--out", folder / "o.png", *flags)
+    assert outcome.exit_code == 0
+    return "\n".join(outcome.warnings)
+
+
+def test_a_good_cut_out_gives_no_warning(picture: Path, tmp_path: Path) -> None:
+    assert run("--input", picture, "--out", tmp_path / "o.png", *UNMIX).stderr == ""
+
+
+def test_a_border_that_is_not_flat_is_warned_of(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3)).astype(np.uint8)
+    assert "the background is no flat colour" in warned(tmp_path, noise, *UNMIX)
+
+
+def test_a_key_colour_that_is_not_there_is_warned_of(tmp_path: Path) -> None:
+    grey = np.full((40, 40, 3), 90, np.uint8)
+    assert "no pixel matched the key colour #00ff00" in warned(tmp_path, grey)
+
+
+def test_a_picture_of_nothing_but_key_is_warned_of(tmp_path: Path) -> None:
+    green = np.full((40, 40, 3), GREEN, np.uint8)
+    assert "next to nothing is left" in warned(tmp_path, green, *UNMIX)
+
+
+@pytest.mark.parametrize("flags", [UNMIX, ("--soft-matte",)], ids=["unmix", "soft matte"])
+def test_a_subject_that_shares_the_hue_of_the_key_is_warned_of(
+    flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    frog = disc((80, 200, 140)).composite(GREEN)
+    assert "shares the hue of #00ff00" in warned(tmp_path, frog, *flags)
+
+
+def test_a_subject_that_is_cut_by_the_picture_is_warned_of(tmp_path: Path) -> None:
+    assert "cut by the bottom" in warned(tmp_path, grey_disc()[:60], *UNMIX)
+
+
+# ── Refused before anything is done ──────────────────────────────────────────────────────────────
+
+REFUSED = [
+    pytest.param(["--tolerance", "256"], "'256' is not a whole number from 0 to 255", id="high"),
+    pytest.param(["--tolerance", "-1"], "not a whole number", id="negative"),
+    pytest.param(["--tolerance", "1.5"], "not a whole number", id="fraction"),
+    pytest.param(["--transparent-threshold", "nan"], "not a number from 0 to 255", id="nan"),
+    pytest.param(["--opaque-threshold", "1e9"], "not a number from 0 to 255", id="huge"),
+    pytest.param(["--edge-contract", "17"], "whole number from 0 to 16", id="contract"),
+    pytest.param(["--edge-feather", "65"], "number from 0 to 64", id="feather"),
+    pytest.param(["--key-color", "#0f0"], "give #rrggbb", id="short colour"),
+    pytest.param(["--key-color", "green"], "give #rrggbb", id="colour name"),
+    pytest.param(["--auto-key", "middle"], "choose from", id="auto key"),
+    pytest.param(["--subject", "opaque"], "needs --unmix", id="subject alone"),
+    pytest.param(["--unmi"], "unrecognized arguments", id="no abbreviations"),
+    pytest.param(["--unmix", "--tolerance", "12"], "--tolerance shapes the matte", id="unmix, t"),
+    pytest.param(
+        ["--unmix", "--soft-matte", "--despill", "--opaque-threshold", "96"],
+        "--soft-matte, --opaque-threshold, --despill shapes",
+        id="unmix with three matte flags",
+    ),
+    pytest.param(
+        ["--soft-matte", "--transparent-threshold", "96"],
+        "--transparent-threshold 96 is not below --opaque-threshold 96",
+        id="thresholds crossed",
+    ),
+]
+
+
+@pytest.mark.parametrize(("flags", "reason"), REFUSED)
+def test_options_that_make_no_sense_are_refused_with_a_reason(
+    flags: list[str], reason: str, picture: Path, tmp_path: Path
+) -> None:
+    outcome = run("--input", picture, "--out", tmp_path / "o.png", *flags)
+    assert outcome.exit_code == 2
+    assert len(outcome.errors) == 1
+    assert reason in outcome.errors[0]
+    assert not (tmp_path / "o.png").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param(["--transparent-threshold", "96"], id="thresholds without --soft-matte"),
+        pytest.param(["--key-color", "00FF00"], id="colour without #"),
+        pytest.param(["--edge-contract", "16", "--edge-feather", "64"], id="limits"),
+        pytest.param([*UNMIX, "--edge-contract", "1", "--edge-feather", "0.5"], id="unmix, edge"),
+        pytest.param(["--unmix", "--key-color", "#00ff00"], id="unmix, named key"),
+    ],
+)
+def test_options_that_go_together_are_accepted(
+    flags: list[str], picture: Path, tmp_path: Path
+) -> None:
+    assert run("--input", picture, "--out", tmp_path / "o.png", *flags).exit_code == 0
+
+
+Refusal = tuple[list[str], str]
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        pytest.param(["--out", "o.png"], "required: --input", id="no input"),
+        pytest.param(["--input", "disc.png"], "give either --out", id="no output"),
+        pytest.param(
+            ["--input", "disc.png", "--out", "o.png", "--out-dir", "d"], "give either", id="both"
+        ),
+        pytest.param(
+            ["--input", "disc.png", "disc.png", "--out", "o.png"], "received 2", id="two, one out"
+        ),
+        pytest.param(["--input", "none.png", "--out", "o.png"], "does not exist", id="missing"),
+        pytest.param(["--input", ".", "--out", "o.png"], "is a directory", id="directory"),
+        pytest.param(["--input", "disc.png", "--out", "o.jpg"], "only .png and .webp", id="jpg"),
+        pytest.param(["--input", "disc.png", "--out", "o"], "only .png and .webp", id="no suffix"),
+        pytest.param(["--input", "disc.png", "--out", "old.png"], "--force", id="existing"),
+        pytest.param(
+            ["--input", "disc.png", "--out", "disc.png", "--force"], "is the input", id="onto input"
+        ),
+        pytest.param(
+            ["--input", "disc.png", "--out-dir", ".", "--force"], "is the input", id="dir of input"
+        ),
+        pytest.param(
+            ["--input", "disc.png", "--out", "old.png/o.png"], "no directory", id="file as folder"
+        ),
+        pytest.param(
+            ["--input", "disc.png", "a/disc.jpg", "--out-dir", "d"], "would both become", id="same"
+        ),
+    ],
+)
+def test_files_that_cannot_work_are_refused_before_any_work(
+    argv: list[str], reason: str, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(picture.parent)
+    before = picture.read_bytes()
+    Path("old.png").write_bytes(b"old")
+    outcome = run(*argv)
+    assert outcome.exit_code == 2
+    assert any(reason in error for error in outcome.errors), outcome.errors
+    assert outcome.stdout == ""
+    assert picture.read_bytes() == before
+    assert Path("old.png").read_bytes() == b"old"
+    assert not Path("d").exists()
+
+
+def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
+    outcome = run("--input", tmp_path / "none.png", "--out", tmp_path / "o.jpg")
+    assert len(outcome.errors) == 2
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(
+    picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remove_chroma_key, "MISSING_PACKAGE", "numpy")
+    outcome = run("--input", picture, "--out", tmp_path / "o.png")
+    assert outcome.exit_code == 2
+    assert outcome.errors == [
+        "Error: numpy is not installed; run: python -m pip install pillow numpy"
+    ]
+
+
+def test_help_works_without_numpy_and_pillow(tmp_path: Path) -> None:
+    for name in ("numpy", "PIL"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError(name={name!r})")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--help"],
+        capture_output=True, text=True, check=False, env=env, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert "--out-dir" in done.stdout
+
+
+# ── Damaged and odd inputs ───────────────────────────────────────────────────────────────────────
+
+
+def damaged_png(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def bomb(_data: bytes) -> bytes:
+    """A PNG that claims 30,000 x 30,000 pixels."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        )
+
+    header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        pytest.param(damaged_png, "make it again", id="truncated"),
+        pytest.param(lambda _: b"", "no picture", id="empty"),
+        pytest.param(lambda _: b"not a picture at all", "no picture", id="text"),
+        pytest.param(lambda data: data[:8], "", id="signature only"),
+        pytest.param(lambda data: data[:40] + os.urandom(60), "", id="garbage after the header"),
+        pytest.param(bomb, "pixels; scale the picture down", id="decompression bomb"),
+    ],
+)
+def test_a_damaged_input_is_one_error_line(
+    spoil: Callable[[bytes], bytes], reason: str, picture: Path, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(spoil(picture.read_bytes()))
+    outcome = run("--input", bad, "--out", tmp_path / "o.png")
+    assert outcome.exit_code == 1
+    assert len(outcome.stderr.splitlines()) == 1
+    assert outcome.stderr.startswith(f"Error: {bad}: ")
+    assert reason in outcome.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.png", "disc.png"]
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
+def test_an_animation_is_refused_with_a_sentence(suffix: str, tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    frames[0].save(tmp_path / f"in.{suffix}", save_all=True, append_images=frames[1:])
+    outcome = run("--input", tmp_path / f"in.{suffix}", "--out", tmp_path / "o.png")
+    assert outcome.exit_code == 1
+    assert "3 frames; only still pictures are accepted" in outcome.stderr
+
+
+def test_orientation_of_the_camera_is_applied(tmp_path: Path) -> None:
+    pixels = np.full((6, 10, 3), GREEN, np.uint8)
+    pixels[0, 0] = (200, 0, 0)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    Image.fromarray(pixels).save(tmp_path / "in.png", exif=exif)
+    run("--input", tmp_path / "in.png", "--out", tmp_path / "o.png")
+    cut = load(tmp_path / "o.png")
+    assert cut.shape == (10, 6, 4)
+    assert cut[0, 5].tolist() == [200, 0, 0, 255]
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_an_rgb_profile_is_kept(suffix: str, tmp_path: Path) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(grey_disc()).save(tmp_path / "in.png", icc_profile=profile)
+    run("--input", tmp_path / "in.png", "--out", tmp_path / f"o.{suffix}", *UNMIX)
+    with Image.open(tmp_path / f"o.{suffix}") as cut:
+        assert cut.info.get("icc_profile") == profile
+
+
+def test_a_profile_of_another_colour_space_does_not_reach_an_rgb_picture(tmp_path: Path) -> None:
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    Image.fromarray(grey_disc()).convert("CMYK").save(tmp_path / "in.jpg", icc_profile=lab)
+    outcome = run("--input", tmp_path / "in.jpg", "--out", tmp_path / "o.png", *UNMIX)
+    assert outcome.exit_code == 0
+    with Image.open(tmp_path / "o.png") as cut:
+        assert "icc_profile" not in cut.info
+
+
+def test_sixteen_bit_grey_is_scaled_and_not_clipped(tmp_path: Path) -> None:
+    levels = np.array([[0, 257 * 100, 65535]], np.uint16)
+    Image.fromarray(levels).save(tmp_path / "in.png")
+    run("--input", tmp_path / "in.png", "--out", tmp_path / "o.png")
+    assert load(tmp_path / "o.png")[0, :, 0].tolist() == [0, 100, 255]
+
+
+def test_webp_keeps_every_colour_under_partial_alpha(picture: Path, tmp_path: Path) -> None:
+    for suffix in ("png", "webp"):
+        run("--input", picture, "--out", tmp_path / f"o.{suffix}", *UNMIX)
+    assert (load(tmp_path / "o.png") == load(tmp_path / "o.webp")).all()
+
+
+def test_feathered_unmixing_does_not_bleed_black(tmp_path: Path) -> None:
+    source = save(tmp_path / "in.png", disc((250, 240, 230)).composite(GREEN))
+    run("--input", source, "--out", tmp_path / "o.png", *UNMIX, "--edge-feather", "3")
+    cut = load(tmp_path / "o.png")
+    visible = cut[..., 3] > 16
+    assert cut[..., :3][visible].min() > 200
+
+
+# ── Writing ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_force_replaces_an_existing_output(picture: Path, tmp_path: Path) -> None:
+    target = tmp_path / "o.png"
+    target.write_bytes(b"old")
+    assert run("--input", picture, "--out", target, "--force").exit_code == 0
+    assert load(target).shape == (96, 96, 4)
+
+
+def test_missing_folders_are_made(picture: Path, tmp_path: Path) -> None:
+    assert run("--input", picture, "--out", tmp_path / "a" / "b" / "o.png").exit_code == 0
+    assert (tmp_path / "a" / "b" / "o.png").exists()
+
+
+def without_links(_source: object, _target: object) -> None:
+    raise OSError(1, "no hard links here")
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
+def test_a_file_that_appears_meanwhile_is_not_replaced(
+    *, links: bool, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "o.png"
+    encode = remove_chroma_key.encode
+
+    def race(*arguments: object) -> bytes:
+        target.write_bytes(b"someone else's")
+        return encode(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(remove_chroma_key, "encode", race)
+    if not links:
+        monkeypatch.setattr(os, "link", without_links)
+    outcome = run("--input", picture, "--out", target)
+    assert outcome.exit_code == 1
+    assert "appeared meanwhile" in outcome.stderr
+    assert target.read_bytes() == b"someone else's"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disc.png", "o.png"]
+
+
+def test_file_systems_without_hard_links_are_written_to(
+    picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "link", without_links)
+    assert run("--input", picture, "--out", tmp_path / "o.png").exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disc.png", "o.png"]
+    assert load(tmp_path / "o.png").shape == (96, 96, 4)
+
+
+def test_a_name_that_no_file_can_have_is_an_error_line(picture: Path, tmp_path: Path) -> None:
+    target = tmp_path / f"{'x' * 300}.png"
+    outcome = run("--input", picture, "--out", target)
+    assert outcome.exit_code == 1
+    assert outcome.errors[0].startswith(f"Error: {picture}: {target} cannot be written: ")
+    outcome = run("--input", target, "--out", tmp_path / "o.png")
+    assert outcome.exit_code == 2
+    assert "does not exist" in outcome.errors[0]
+
+
+# ── Several inputs ───────────────────────────────────────────────────────────────────────────────
+
+
+def batch(folder: Path, *names: str) -> list[Path]:
+    return [save(folder / name, grey_disc()) for name in names]
+
+
+def test_several_inputs_become_files_of_the_same_stem(tmp_path: Path) -> None:
+    sources = batch(tmp_path, "a.png", "b.bmp", "c.tif")
+    outcome = run("--input", *sources, "--out-dir", tmp_path / "cut", *UNMIX)
+    assert outcome.exit_code == 0
+    assert [line for line in outcome.stdout.splitlines() if line.startswith("Wrote")] == [
+        f"Wrote {tmp_path / 'cut' / name}" for name in ("a.png", "b.png", "c.png")
+    ]
+    assert all((load(path) == load(tmp_path / "cut" / "a.png")).all() for path in
+               (tmp_path / "cut").iterdir())  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", ["empty", "missing", "directory"])
+def test_one_bad_file_does_not_stop_the_others(bad: str, tmp_path: Path) -> None:
+    first, last = batch(tmp_path, "a.png", "z.png")
+    middle = tmp_path / "m.png"
+    if bad == "empty":
+        middle.write_bytes(b"")
+    elif bad == "directory":
+        middle.mkdir()
+    outcome = run("--input", first, middle, last, "--out-dir", tmp_path / "cut", "--json", *UNMIX)
+    assert outcome.exit_code == 1
+    assert [line["output"] is None for line in outcome.json_lines] == [False, True, False]
+    assert outcome.json_lines[1]["error"]
+    assert len(outcome.errors) == 1
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["a.png", "z.png"]
+
+
+def test_an_existing_target_stops_a_batch_before_any_work(tmp_path: Path) -> None:
+    sources = batch(tmp_path, "a.png", "b.png")
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "b.png").write_bytes(b"old")
+    outcome = run("--input", *sources, "--out-dir", tmp_path / "cut")
+    assert outcome.exit_code == 2
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == ["b.png"]
+
+
+def test_a_batch_runs_as_processes_of_a_real_run(tmp_path: Path) -> None:
+    sources = batch(tmp_path, "a.png", "b.png", "c.png")
+    done = in_process("--input", *sources, "--out-dir", tmp_path / "cut", *UNMIX, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [Path(json.loads(line)["output"]).name for line in done.stdout.splitlines()] == [
+        "a.png", "b.png", "c.png",
+    ]  # fmt: skip
+
+
+def test_a_reader_that_goes_away_does_not_stop_the_work(picture: Path, tmp_path: Path) -> None:
+    argv = [sys.executable, str(SCRIPT), "--input", str(picture), "--out", str(tmp_path / "o.png")]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as closed_pipe:
+        done = subprocess.run(
+            argv, stdout=closed_pipe, stderr=subprocess.PIPE, text=True, check=False, timeout=60,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert load(tmp_path / "o.png").shape == (96, 96, 4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_a_file_name_that_is_no_text_is_printed_with_escapes(tmp_path: Path) -> None:
+    source = save(tmp_path / os.fsdecode(b"a\xff.png"), grey_disc())
+    done = in_process("--input", source, "--out", tmp_path / "o.png")
+    assert done.returncode == 0
+    done = in_process("--input", source, "--out-dir", tmp_path / "cut")
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"Wrote {tmp_path / 'cut'}/a\\udcff.png")
+
+
+def test_control_c_is_130_without_a_traceback(
+    picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_path: Path) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(remove_chroma_key, "read_picture", interrupted)
+    outcome: Outcome = run("--input", picture, "--out", tmp_path / "o.png")
+    assert outcome.exit_code == 130
+    assert outcome.stderr.startswith("Error: interrupted")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disc.png"]
