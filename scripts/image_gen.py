@@ -1516,8 +1516,6 @@ def check_request(request: ImageRequest, options: RunOptions) -> Iterator[Findin
     for key in ("partial_images", "markup"):
         if options.batch_api and getattr(request, key):
             yield Finding(f"{key} cannot be sent through --batch-api; leave it out")
-    if options.keep_partials and not request.partial_images:
-        yield Finding("--keep-partials means nothing without --partial-images", fatal=False)
     yield from check_format(request, options)
     yield from check_model(request)
 
@@ -1783,6 +1781,9 @@ def preflight(
         found += [(draft.line, finding) for finding in check_draft(draft, options)]
         if not options.submitted:
             found += [(draft.line, finding) for finding in check_inputs(draft.request, inspect)]
+    if options.keep_partials and not any(draft.request.partial_images for draft in drafts):
+        notice = "--keep-partials means nothing without --partial-images"
+        found.append((0, Finding(notice, fatal=False)))
     found += [(job.line if job else 0, finding) for job, finding in check_outputs(jobs, options)]
     if not options.dry_run:
         pillow = options.downscale_max_dim is not None or options.contact_sheet is not None
@@ -2232,7 +2233,7 @@ async def follow_stream(
 
     loop = asyncio.get_running_loop()
     output = job.missing[0]
-    drafts = iter(output.partials)
+    drafts = list(output.partials)
     try:
         async for event in await response.parse():
             kind = str(getattr(event, "type", ""))
@@ -2242,11 +2243,12 @@ async def follow_stream(
             if kind.endswith(".completed"):
                 data = [{"b64_json": event.b64_json}]
                 return json.dumps({**event.model_dump(exclude={"b64_json"}), "data": data}).encode()
-            if kind.endswith(".partial_image") and (name := next(drafts, None)):
+            if kind.endswith(".partial_image") and drafts:
                 saved = await loop.run_in_executor(
-                    run.savers, save_partial, name, event.b64_json, output.replace_copy
+                    run.savers, save_partial, drafts[0], event.b64_json, output.replace_copy
                 )
                 if saved is not None:
+                    del drafts[0]
                     exchange.partials.append(saved)
                     run.report.note(f"{job.where}draft {len(exchange.partials)}: {saved}")
     except (ValueError, AttributeError, TypeError) as error:
@@ -2414,6 +2416,31 @@ def on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
+def joined_gif(frames: Iterable[tuple[Image.Image, int]], loop: int | None) -> bytes:
+    """Return an animation of frames and their times in ms.
+
+    Each frame is written by Pillow as a picture of its own, and its global colour table turned into
+    a local one (GIF89a, sections 18 to 21): Pillow's animations merge frames that look the same.
+    """
+    import io
+
+    parts = []
+    for number, (frame, time) in enumerate(frames):
+        buffer = io.BytesIO()
+        options = {"loop": loop} if loop is not None and number == 0 else {}
+        frame.save(buffer, "GIF", duration=time, disposal=2, **options)
+        content = buffer.getvalue().removesuffix(b";")
+        if number:
+            depth = content[10] & 7
+            end = 13 + 3 * 2 ** (depth + 1)
+            table, rest = content[13:end], content[end:]
+            descriptor = rest.index(b",", 8 if rest.startswith(b"\x21\xf9") else 0)
+            local = bytes([0x80 | depth]) + table
+            content = rest[: descriptor + 9] + local + rest[descriptor + 10 :]
+        parts.append(content)
+    return b"".join(parts) + b";"
+
+
 def downscale(content: bytes, original: Saved, max_dim: int) -> bytes:
     """Return a copy whose longer edge is at most max_dim, in the same format.
 
@@ -2433,19 +2460,18 @@ def downscale(content: bytes, original: Saved, max_dim: int) -> bytes:
 
     options: dict[str, Any] = {}
     with Image.open(io.BytesIO(content)) as source:
+        if original.format == "gif":
+            frames = ImageSequence.Iterator(source)
+            timed = [
+                (scaled(frame.convert("RGBA"), max_dim), frame.info.get("duration", 0))
+                for frame in frames
+            ]
+            return joined_gif(timed, source.info.get("loop"))
         profile = source.info.get("icc_profile")
         if profile and source.mode != "CMYK":
             options["icc_profile"] = profile
-        if original.format == "gif":
-            frames = [
-                scaled(frame.convert("RGBA"), max_dim) for frame in ImageSequence.Iterator(source)
-            ]
-            times = [frame.info.get("duration", 0) for frame in ImageSequence.Iterator(source)]
-            options |= {"save_all": True, "append_images": frames[1:], "duration": times}
-            options |= {"disposal": 2, **{k: v for k, v in source.info.items() if k == "loop"}}
-            copy = frames[0]
-        else:
-            copy = scaled(ImageOps.exif_transpose(source), max_dim)
+        ImageOps.exif_transpose(source, in_place=True)
+        copy = scaled(source, max_dim)
     if original.format == "jpeg":
         copy = on_white(copy)
         options["quality"] = COPY_QUALITY

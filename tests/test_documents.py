@@ -491,9 +491,10 @@ def test_the_table_of_models_is_that_of_the_program() -> None:
 def test_every_model_and_size_in_the_pages_is_accepted(page: str, run: Run) -> None:
     families = [family.prefix for family in image_gen.MODEL_FAMILIES]
     known = {*get_args(ImageModel), *families}
-    named = {name.rstrip(".-") for name in re.findall(r"gpt-image-[\w.-]+", TEXT[page])}
+    named = {name.rstrip(".-") for name in re.findall(r"(?:chat)?gpt-image-[\w.-]+", TEXT[page])}
     assert named <= known
-    for size in set(re.findall(r"\b[0-9]{3,5}x[0-9]{3,5}\b", TEXT[page])):
+    offered = re.sub(r"^\| `size`: .*", "", TEXT[page], flags=re.MULTILINE)
+    for size in set(re.findall(r"\b[0-9]{3,5}x[0-9]{3,5}\b", offered)):
         assert run("generate", "--prompt", "x", "--size", size, "--dry-run").exit_code == 0, size
 
 
