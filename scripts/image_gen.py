@@ -1737,6 +1737,17 @@ def check_outputs(jobs: Sequence[Job], options: RunOptions) -> Iterator[tuple[Jo
         yield None, Finding(f"--contact-sheet holds {MAX_SHEET_IMAGES:,} images, not {images:,}")
 
 
+def is_base_url(value: str) -> bool:
+    """Tell whether a URL names a host to ask, and a port that exists."""
+    from urllib.parse import urlsplit
+
+    try:
+        url = urlsplit(value)
+        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:
+        return False
+
+
 def check_environment(*, pillow: bool) -> Iterator[Finding]:
     """Check the key and the packages, which only a live run needs."""
     key = os.environ.get("OPENAI_API_KEY", "")
@@ -1751,7 +1762,7 @@ def check_environment(*, pillow: bool) -> Iterator[Finding]:
         if not value.isascii() or (value and not value.isprintable()):
             yield Finding(f"{name} holds characters that no header can carry: {received(value)}")
     base_url = os.environ.get("OPENAI_BASE_URL", "")
-    if base_url and not re.match(r"https?://[^/\s]+", base_url):
+    if base_url and not is_base_url(base_url):
         yield Finding(f"OPENAI_BASE_URL {received(base_url)} has to begin with https:// and a host")
     from importlib.util import find_spec
 
@@ -2932,7 +2943,13 @@ class Run:
         self.backlog = asyncio.Semaphore(3 * options.concurrency)
         self.sending: set[asyncio.Task[Any] | None] = set()
         timeout = httpx2.Timeout(options.timeout, connect=min(options.timeout, CONNECT_SECONDS))
-        self.client = openai.AsyncOpenAI(max_retries=0, timeout=timeout)
+        try:
+            self.client = openai.AsyncOpenAI(max_retries=0, timeout=timeout)
+        except (ValueError, ImportError, OSError, httpx2.InvalidURL, openai.OpenAIError) as error:
+            problem = (
+                "the HTTP client cannot be set up by the environment (proxies, certificates): "
+            )
+            raise UsageError([problem + one_line(error)]) from None
 
     @contextmanager
     def in_flight(self) -> Iterator[None]:

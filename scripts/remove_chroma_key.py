@@ -426,6 +426,8 @@ def source_problems(source: Path) -> Iterator[str]:
         yield f"{source} is a directory; give picture files"
     elif not is_there(source):
         yield f"{source} does not exist; check the path"
+    elif not source.is_file():
+        yield f"{source} is no regular file; give picture files"
 
 
 def target_problems(job: Job) -> Iterator[str]:
@@ -467,6 +469,8 @@ def refuse(problems: Iterator[str]) -> None:
 
 def read_picture(path: Path) -> Picture:
     """Decode a still picture of any mode, upright, as 8-bit RGB planes."""
+    if is_there(path) and not path.is_file():  # to open a pipe would wait for its writer
+        raise ChromaKeyError("no regular file; give picture files")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -619,6 +619,21 @@ def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(run: Run, key: str, 
     assert "s3cret" not in said
 
 
+@pytest.mark.parametrize(
+    "url", ["ftp://127.0.0.1", "127.0.0.1:80", "http://", "http://127.0.0.1:99999", "http://[::1"]
+)
+def test_a_base_url_that_nobody_can_ask_is_refused(run: Run, url: str) -> None:
+    env = {"OPENAI_API_KEY": "placeholder-key", "OPENAI_BASE_URL": url}
+    said = problem(run("generate", "--prompt", "x", env=env))
+    assert f'OPENAI_BASE_URL "{url}" has to begin with https:// and a host' in said
+
+
+@pytest.mark.parametrize("name", ["OPENAI_ORG_ID", "OPENAI_PROJECT_ID"])
+def test_an_organisation_that_no_header_can_carry_is_refused(run: Run, name: str) -> None:
+    env = {"OPENAI_API_KEY": "placeholder-key", name: "örg"}
+    assert name in problem(run("generate", "--prompt", "x", env=env))
+
+
 def test_a_dry_run_needs_no_key(run: Run) -> None:
     document(generate(run))
 

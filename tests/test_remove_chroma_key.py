@@ -219,6 +219,7 @@ Refusal = tuple[list[str], str]
         ),
         pytest.param(["--input", "none.png", "--out", "o.png"], "does not exist", id="missing"),
         pytest.param(["--input", ".", "--out", "o.png"], "is a directory", id="directory"),
+        pytest.param(["--input", "/dev/null", "--out", "o.png"], "no regular file", id="device"),
         pytest.param(["--input", "disc.png", "--out", "o.jpg"], "only .png and .webp", id="jpg"),
         pytest.param(["--input", "disc.png", "--out", "o"], "only .png and .webp", id="no suffix"),
         pytest.param(["--input", "disc.png", "--out", "old.png"], "--force", id="existing"),

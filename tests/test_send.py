@@ -99,6 +99,23 @@ def test_a_fault_of_an_earlier_attempt_may_still_be_billed_when_the_job_fails(
     assert run(*generate("--json")).json["error"]["maybe_billed"] is True
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        pytest.param("HTTPS_PROXY", "nonsense://proxy", id="scheme"),
+        pytest.param("ALL_PROXY", "socks5://127.0.0.1:1", id="package that is missing"),
+    ],
+)
+def test_a_proxy_that_cannot_be_used_is_a_refusal(
+    run: Run, api: ImagesAPI, name: str, value: str
+) -> None:
+    everywhere = {name: value, name.lower(): value, "NO_PROXY": "", "no_proxy": ""}
+    result = run(*generate(), env=everywhere)
+    (said,) = lines(result)
+    assert (result.exit_code, api.requests) == (2, [])
+    assert "proxies" in said
+
+
 def test_a_server_that_cannot_be_reached_is_named_and_nothing_is_billed(run: Run) -> None:
     nowhere = {"OPENAI_BASE_URL": "http://127.0.0.1:9/v1", "OPENAI_API_KEY": "placeholder-key"}
     result = run(*generate("--json"), env=nowhere)
