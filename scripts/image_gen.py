@@ -1910,6 +1910,7 @@ EXTRA_BODY_KEYS = ("moderation",)
 
 BACK_OFF_SECONDS = 0.5
 MAX_BACK_OFF_SECONDS = 30.0
+LEAST_ADVICE_SECONDS = 0.01  # "now", or a date that has passed by our clock, is no advice
 CONNECT_SECONDS = 20.0
 # The first requests leave one after the other, so that a small limit shows before all are out.
 RAMP_SECONDS = 0.003
@@ -1946,7 +1947,7 @@ def parse_seconds(value: str) -> float | None:
     except ValueError:
         try:
             until = parsedate_to_datetime(value).astimezone(UTC) - datetime.now(UTC)
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
         return max(0.0, until.total_seconds())
     return number if 0 <= number < float("inf") else None
@@ -2033,7 +2034,7 @@ def retry_delay(verdict: Verdict, attempt: int) -> float:
     """Return the seconds to wait: as the server says, else exponential with full jitter."""
     import random
 
-    if verdict.advised is not None:
+    if verdict.advised is not None and verdict.advised >= LEAST_ADVICE_SECONDS:
         return verdict.advised
     ceiling = min(MAX_BACK_OFF_SECONDS, BACK_OFF_SECONDS * 2.0 ** (attempt - 1))
     return random.uniform(0.0, ceiling)
@@ -2082,6 +2083,7 @@ class Exchange:
     def __init__(self, max_wait: float) -> None:
         self.started: float | None = None  # when the job got its slot
         self.attempts = 0  # requests, without those that were refused for the rate
+        self.requests = 0  # those included
         self.patience = max_wait  # seconds left to wait for the rate limit
         self.request_id: str | None = None
         self.partials: list[str] = []  # drafts that a stream has left on disk
@@ -2278,7 +2280,13 @@ async def post(job: Job, run: Run, exchange: Exchange) -> Spool:
     method = images.edit if request.image else images.generate
     async with asyncio.timeout(run.options.timeout):
         with ExitStack() as stack:
-            async with method(**sdk_arguments(request, stack)) as response:
+            try:
+                arguments = sdk_arguments(request, stack)
+            except OSError as error:  # it was there at preflight
+                exchange.attempts -= 1
+                message = f"an input image cannot be read any more: {one_line(error)}"
+                raise JobError(Failure("input", message)) from None
+            async with method(**arguments) as response:
                 exchange.request_id = response.headers.get("x-request-id")
                 # A gateway may answer the request for a stream as if none were asked for.
                 streams = "event-stream" in response.headers.get("content-type", "")
@@ -2300,7 +2308,7 @@ async def recover(job: Job, run: Run, exchange: Exchange, verdict: Verdict, peri
     failure, options = verdict.failure, run.options
     exchange.last = failure
     exchange.request_id = verdict.request_id or exchange.request_id
-    delay = retry_delay(verdict, exchange.attempts)
+    delay = retry_delay(verdict, exchange.requests)
     if verdict.action == "wait" and not exchange.partials:
         exchange.attempts -= 1
         run.gate.refuse(period, delay)
@@ -2334,6 +2342,7 @@ async def send(job: Job, run: Run, exchange: Exchange) -> Spool:
     while True:
         period = await run.gate.admit(job, exchange)
         exchange.attempts += 1
+        exchange.requests += 1
         try:
             spool = await post(job, run, exchange)
         except (openai.APIError, httpx2.HTTPError, httpx2.StreamError, OSError) as error:
@@ -2371,35 +2380,26 @@ def checked_answer(answer: object) -> dict[str, Any]:
     return answer
 
 
-def decode_image(item: object) -> tuple[bytes, Picture]:
-    """Return the bytes of one image of an answer, and what they are."""
+def decode_image(item: object) -> bytes:
+    """Return the bytes of one image of an answer."""
     import binascii
 
     encoded = item.get("b64_json") if isinstance(item, dict) else None
     if not isinstance(encoded, str):
         raise bad_answer("an image of the answer has no b64_json")
     try:
-        content = binascii.a2b_base64(encoded, strict_mode=True)
+        return binascii.a2b_base64(encoded, strict_mode=True)
     except ValueError as error:
         raise bad_answer(f"an image of the answer is not valid base64: {error}") from None
-    import io
-
-    picture = probe(io.BytesIO(content))
-    if picture is None:
-        raise bad_answer(
-            f"an image of the answer is none: {len(content):,} bytes of something else"
-        )
-    if not picture.whole:
-        raise bad_answer(f"an image of the answer is cut off after {len(content):,} bytes")
-    return content, picture
 
 
-def differences(request: ImageRequest, picture: Picture) -> Iterator[str]:
+def differences(request: ImageRequest, picture: Saved) -> Iterator[str]:
     """Yield where an image is not what was asked for."""
     if picture.format != request.output_format:
         yield f"asked for {request.output_format}, got {picture.format}"
-    if request.size not in ("auto", picture.size) and picture.format != "svg":
-        yield f"asked for {request.size}, got {picture.size}"
+    size = f"{picture.width}x{picture.height}"
+    if request.size not in ("auto", size) and picture.format != "svg":
+        yield f"asked for {request.size}, got {size}"
     if request.background == "transparent" and not picture.alpha:
         yield "asked for a transparent background, got an image without alpha"
 
@@ -2587,23 +2587,36 @@ def rescue(name: str, content: bytes) -> str | None:
         return None
 
 
-def save_image(output: Output, content: bytes, picture: Picture) -> Saved:
-    """Write one original, byte for byte as it came."""
+def save_image(output: Output, content: bytes) -> Saved:
+    """Write one original, byte for byte as it came; what is no whole image is kept beside it."""
+    import io
+
+    if not content:
+        raise bad_answer("an image of the answer is empty")
+    picture = probe(io.BytesIO(content))
+    sound = picture is not None and picture.whole
+    planned = output.path if sound else f"{output.path}.damaged"
     try:
-        name = write_file(output.path, content, replace=output.replace, reuse=output.collected)
+        name = write_file(
+            planned, content, replace=output.replace and sound, reuse=output.collected
+        )
     except OSError as error:
-        saved = rescue(output.path, content)
+        saved = rescue(planned, content)
         where = f"it was saved as {saved}" if saved else "it is lost"
-        message = f"{output.path} could not be written ({error.strerror or error}); {where}"
+        message = f"{planned} could not be written ({error.strerror or error}); {where}"
         raise JobError(Failure("write", message, maybe_billed=True)) from None
+    if picture is None or not picture.whole:
+        what = "cut off" if picture else "none that is known here"
+        raise bad_answer(
+            f"an image of the answer is {what}; its {len(content):,} bytes are kept as {name}"
+        )
     return Saved(name, len(content), picture.width, picture.height, picture.format, picture.alpha)
 
 
 def save_partial(name: str, encoded: str, replace: bool) -> str | None:  # noqa: FBT001
     """Write a draft of a streamed image; one that cannot be written is not worth a failure."""
     try:
-        content, _ = decode_image({"b64_json": encoded})
-        return write_file(name, content, replace=replace)
+        return write_file(name, decode_image({"b64_json": encoded}), replace=replace)
     except (JobError, OSError):
         return None
 
@@ -2636,12 +2649,11 @@ def save_answer(job: Job, answer: dict[str, Any]) -> Landing:
             output = output._replace(replace=False, collected=False)
         item, data[index] = data[index], None
         try:
-            content, picture = decode_image(item)
-            saved = save_image(output, content, picture)
+            saved = save_image(output, decode_image(item))
         except JobError as error:
             failures.append(error.failure)
             continue
-        warnings += [f"{saved.path}: {text_}" for text_ in differences(job.request, picture)]
+        warnings += [f"{saved.path}: {text_}" for text_ in differences(job.request, saved)]
         if index < len(job.missing):
             images[output.path] = saved
             if saved.path != output.path:
@@ -2660,7 +2672,7 @@ def save_copy(original: Saved, name: str, max_dim: int, *, replace: bool) -> Sav
             content = file.read()
         small = downscale(content, original, max_dim)
         return saved_file(write_file(name, small, replace=replace))
-    except (OSError, ValueError, MemoryError, SyntaxError) as error:
+    except Exception as error:  # noqa: BLE001 - Pillow meets damage with many kinds
         message = f"{name}: no downscaled copy ({one_line(error)}); the original is kept"
         raise JobError(Failure("downscale", message)) from None
 
@@ -2745,6 +2757,7 @@ class Report:
         self.counts = {Done: 0, Failed: 0, Skipped: 0}
         self.images = self.tokens = self.in_flight = 0
         self.incomplete = False
+        self.not_sent = 0
         self.interrupted = False
         self.unfinished = False
         self.waiting_until = 0.0
@@ -2774,6 +2787,7 @@ class Report:
             self.note(f"{done} {job.where}skipped, its files are there")
         else:
             self.incomplete = True
+            self.not_sent += isinstance(outcome, Skipped)
             if isinstance(outcome, Failed):
                 self.error(f"{job.where}{outcome.failure.message}")
         self.status()
@@ -2781,8 +2795,8 @@ class Report:
     def close(self, halted: Failure | None, resume: str = "") -> None:
         """Print what remains to be said at the end of the run."""
         done, failed, skipped = self.counts.values()
-        if halted is not None and skipped:
-            self.error(f"{counted(skipped, 'job')} not done: {halted.message}")
+        if halted is not None and self.not_sent:
+            self.error(f"{counted(self.not_sent, 'job')} not done: {halted.message}")
         elapsed = duration(self.clock() - self.started)
         self.note(
             f"{counted(self.total, 'job')}: {done} done, {failed} failed, {skipped} skipped; "
@@ -2806,8 +2820,11 @@ class Report:
         if self.stdout_open:
             try:
                 print(redacted(text_), flush=True)
-            except OSError:
+            except OSError as error:
                 self.stdout_open = False
+                if not isinstance(error, BrokenPipeError):
+                    self.incomplete = True
+                    self.error(f"stdout takes no more: {error.strerror}; the images are saved")
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
     def say(self, line: str) -> None:
@@ -2909,7 +2926,7 @@ def thumbnail_of(image: Saved, edge: int) -> Image.Image | None:
         with Image.open(image.path) as source:
             source.draft("RGB", (edge, edge))
             picture = ImageOps.exif_transpose(source).convert("RGBA")
-    except (OSError, ValueError, SyntaxError):
+    except Exception:  # noqa: BLE001 - Pillow meets damage with many kinds
         return None
     picture.thumbnail((edge, edge))
     return picture
@@ -2942,6 +2959,7 @@ class Run:
         # Answers that wait for a worker are open files; this bounds them.
         self.backlog = asyncio.Semaphore(3 * options.concurrency)
         self.sending: set[asyncio.Task[Any] | None] = set()
+        self.aborted = False  # by a second signal: no more copies
         timeout = httpx2.Timeout(options.timeout, connect=min(options.timeout, CONNECT_SECONDS))
         try:
             self.client = openai.AsyncOpenAI(max_retries=0, timeout=timeout)
@@ -2984,6 +3002,7 @@ class Run:
                     "waited for, being paid for; interrupt again to drop them"
                 )
             return
+        self.aborted = True
         for task in filter(None, self.sending):
             task.cancel()
 
@@ -3062,7 +3081,7 @@ async def make_copies(job: Job, landing: Landing, run: Run) -> tuple[list[Saved]
     copies: list[Saved] = []
     failure: Failure | None = None
     for output, image in images_on_disk(job, landing):
-        if output.copy is None or max_dim is None:
+        if output.copy is None or max_dim is None or run.aborted:
             continue
         fresh = output.path in landing.images and not output.collected
         copy = None if fresh else newer_copy(output.copy, image.path)
@@ -3103,6 +3122,8 @@ async def settle(job: Job, landing: Landing, exchange: Exchange, run: Run) -> Ou
         quality=landing.answer.get("quality"),
     )
     failure = landing.failure or copy_failure
+    if copy_failure is not None:
+        run.failed(job, copy_failure)
     if failure is None:
         return Done(job, delivery) if landing.images else Skipped(job, delivery)
     failure = failure._replace(maybe_billed=failure.maybe_billed or exchange.maybe_billed)
@@ -3373,7 +3394,9 @@ def changed_jobs(state: BatchState, jobs: Sequence[Job]) -> str:
     if len(jobs) != len(state.digests):
         return f"there are {counted(len(jobs), 'job')} instead of {len(state.digests):,}"
     digests = job_digests(jobs)
-    changed = [job for job in jobs if digests[job.number] not in ("", state.digests[job.number])]
+    changed = [
+        job for job in jobs if digests[job.number] not in ("", state.digests.get(job.number))
+    ]
     if not changed:
         return ""
     return f"{counted(len(changed), 'job')} changed, first that of {changed[0].where.strip(': ')}"
@@ -3419,8 +3442,11 @@ def locked(folder: str) -> Iterator[None]:
     except ImportError:  # Windows has no locks of folders
         yield
         return
-    os.makedirs(folder, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UsageError([f"{folder} cannot be used: {one_line(error)}"]) from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -3640,7 +3666,7 @@ class BatchRun:
         import httpx2
         import openai
 
-        run, attempts, patience = self.run, 0, self.run.options.max_wait
+        run, attempts, requests, patience = self.run, 0, 0, self.run.options.max_wait
         while True:
             shard = self.state.shards[index]
             batch_id = await self.find(index) if shard.creating else None
@@ -3659,7 +3685,8 @@ class BatchRun:
                 verdict = judge_call(error)
                 attempts += verdict.action == "retry"
                 self.state.change(index, creating=verdict.action == "retry")
-                delay = retry_delay(verdict, attempts + 1)
+                requests += 1
+                delay = retry_delay(verdict, requests)
                 patience -= delay
                 hopeless = verdict.action not in ("retry", "wait")
                 if hopeless or attempts >= run.options.max_attempts:
@@ -3948,7 +3975,11 @@ async def run_batches(jobs: Sequence[Job], options: RunOptions, report: Report) 
     outcomes: dict[int, Outcome] = {}
     halted: Failure | None = None
     with locked(folder):
-        state = open_state(folder, jobs, options)
+        try:
+            state = open_state(folder, jobs, options)
+        except OSError as error:
+            problem = f"the state of the run cannot be written to {folder}: {one_line(error)}"
+            raise UsageError([problem]) from None
         async with running(options, report) as run:
             run.sending.add(asyncio.current_task())  # a second signal ends it at once
             batches = BatchRun(run, state, {job.number: job for job in jobs}, folder)
@@ -3963,6 +3994,7 @@ async def run_batches(jobs: Sequence[Job], options: RunOptions, report: Report) 
                 halted = judge_call(error).failure
             except asyncio.CancelledError:
                 halted = Failure("interrupted", "interrupted", retryable=True)
+            run.sending.clear()
             shards = {number: i for i, row in enumerate(state.shards) for number in row.numbers}
             for job in jobs:
                 if job.number not in outcomes:
@@ -4030,7 +4062,11 @@ def run_command(arguments: dict[str, Any]) -> int:
     run = run_batches if options.batch_api else run_jobs
     outcomes = asyncio.run(run(jobs, options, report))
     if options.contact_sheet is not None:
-        write_contact_sheet(options.contact_sheet, outcomes, options, report)
+        try:
+            write_contact_sheet(options.contact_sheet, outcomes, options, report)
+        except KeyboardInterrupt:
+            report.interrupted = True
+            report.error("interrupted; the images are saved, the contact sheet is not written")
     return report.exit_code
 
 

@@ -535,7 +535,8 @@ def test_what_is_no_gif_or_svg_by_its_bytes_is_not_saved(
     failed = run(*generate("--model", FLARE, "--json", out=f"made/a.{name}"))
     assert error(failed).startswith("an image of the answer")
     assert failed.json["error"]["kind"] == "bad_answer"
-    assert names("made") == []
+    assert names("made") == [f"a.{name}.damaged"]
+    assert f"are kept as made/a.{name}.damaged" in error(failed)
     assert len(api.requests) == 1
 
 
@@ -833,7 +834,7 @@ def test_an_end_that_is_damaged_fails_the_job_and_keeps_the_drafts(
     )
     assert record["error"]["kind"] in ("bad_answer", "connection")
     assert record["error"]["maybe_billed"] is True
-    assert made() == drafts(1, 2)
+    assert [name for name in made() if not name.endswith(".damaged")] == drafts(1, 2)
     assert len(api.requests) == 1
 
 

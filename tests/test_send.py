@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import image_gen
 import pytest
+from expectations import picture
 from images_api import (
     answer_cut,
     answer_lost,
@@ -18,6 +20,7 @@ from images_api import (
     insufficient_quota,
     moderation_blocked,
     no_answer,
+    rate_limited,
     server_error,
     status,
     unauthorized,
@@ -294,3 +297,23 @@ def test_requests_are_sent_with_the_variables_of_the_sdk(run: Run, api: ImagesAP
     assert request.key_as_expected
     assert request.headers["openai-organization"] == "org-fox"
     assert request.headers["openai-project"] == "proj-den"
+
+
+@pytest.mark.parametrize("advice", [0, 0.001])
+def test_advice_to_come_back_at_once_is_not_followed_without_end(
+    run: Run, api: ImagesAPI, advice: float
+) -> None:
+    api.script(rate_limited(advice), repeat=True)
+    result = run(*generate("--max-wait", 0.2))
+    assert "gave up, --max-wait is spent" in error(result)
+    assert len(api.requests) < 60
+
+
+def test_an_input_that_vanishes_is_no_failure_of_the_network(run: Run, api: ImagesAPI) -> None:
+    picture("room.png")
+    argv = batch([{"prompt": f"job {n}", "image": "room.png"} for n in (1, 2)])
+    flags = ("--json", "--concurrency", "1")
+    result = run_held(run, api, [*argv, *flags], act=lambda: Path("room.png").unlink())
+    record = next(line for line in result.json_lines if line["status"] == "failed")
+    assert (record["error"]["kind"], record["attempts"]) == ("input", 0)
+    assert record["error"]["maybe_billed"] is False
