@@ -2219,8 +2219,8 @@ def upload(stack: ExitStack, name: str, sent_name: str) -> tuple[str, BinaryIO, 
 def sdk_arguments(request: ImageRequest, stack: ExitStack) -> dict[str, Any]:
     """Return a request as the arguments of the SDK's method, with the files opened."""
     arguments = request.payload
-    extra = {key: arguments.pop(key) for key in EXTRA_BODY_KEYS if key in arguments}
     if request.image:
+        extra = {key: arguments.pop(key) for key in EXTRA_BODY_KEYS if key in arguments}
         images = [
             upload(stack, name, f"image_{number}")
             for number, name in enumerate(request.image, start=1)
@@ -2231,8 +2231,6 @@ def sdk_arguments(request: ImageRequest, stack: ExitStack) -> dict[str, Any]:
             if name := getattr(request, key):
                 arguments[key] = upload(stack, name, key)
         arguments["extra_body"] = extra or None
-    else:
-        arguments |= extra
     return arguments
 
 
@@ -2355,9 +2353,9 @@ async def send(job: Job, run: Run, exchange: Exchange) -> Spool:
 # ---------------------------------------------------------------------- 10. decode and post-process
 
 
-def bad_answer(explanation: str, *, billed: bool = True) -> JobError:
+def bad_answer(explanation: str) -> JobError:
     """Return the error for an answer that came, was paid for, and is of no use."""
-    return JobError(Failure("bad_answer", explanation, maybe_billed=billed))
+    return JobError(Failure("bad_answer", explanation, maybe_billed=True))
 
 
 def parse_answer(body: bytes) -> dict[str, Any]:
@@ -3071,7 +3069,9 @@ def newer_copy(name: str, original: str) -> Saved | None:
         return None
 
 
-async def make_copies(job: Job, landing: Landing, run: Run) -> tuple[list[Saved], Failure | None]:
+async def make_copies(
+    images: Iterable[tuple[Output, Saved]], landing: Landing, run: Run
+) -> tuple[list[Saved], Failure | None]:
     """Write the downscaled copies that are not there yet; a failure keeps the originals."""
     import asyncio
     from functools import partial
@@ -3080,7 +3080,7 @@ async def make_copies(job: Job, landing: Landing, run: Run) -> tuple[list[Saved]
     max_dim = run.options.downscale_max_dim
     copies: list[Saved] = []
     failure: Failure | None = None
-    for output, image in images_on_disk(job, landing):
+    for output, image in images:
         if output.copy is None or max_dim is None or run.aborted:
             continue
         fresh = output.path in landing.images and not output.collected
@@ -3101,7 +3101,8 @@ async def settle(job: Job, landing: Landing, exchange: Exchange, run: Run) -> Ou
     """Make the copies of a job whose images have landed, and return its outcome."""
     import asyncio
 
-    copies, copy_failure = await make_copies(job, landing, run)
+    images = list(images_on_disk(job, landing))
+    copies, copy_failure = await make_copies(images, landing, run)
     now = asyncio.get_running_loop().time()
     warnings = list(landing.warnings)
     if exchange.maybe_billed:
@@ -3110,7 +3111,7 @@ async def settle(job: Job, landing: Landing, exchange: Exchange, run: Run) -> Ou
     if isinstance(usage, dict) and (svg_usage := landing.answer.get("svg_usage")):
         usage = {**usage, "svg_usage": svg_usage}
     delivery = Delivery(
-        images=tuple(image for _, image in images_on_disk(job, landing)),
+        images=tuple(image for _, image in images),
         copies=tuple(copies),
         partials=tuple(exchange.partials),
         warnings=tuple(warnings),
