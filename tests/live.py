@@ -1,13 +1,12 @@
-"""How the tests of the second half run jobs against the loopback API and read what came of them."""
+"""Live runs against the loopback API: their command lines, and what the tests read of their end."""
 
 from __future__ import annotations
 
-import io
 import os
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from expectations import job_file
+from inputs import job_file
 from PIL import Image
 
 if TYPE_CHECKING:
@@ -15,10 +14,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from conftest import Result, Run
-    from expectations import Job
     from images_api import ImagesAPI
-
-Json = dict[str, Any]
+    from inputs import Job
 
 
 def prompts(count: int) -> list[str]:
@@ -71,13 +68,6 @@ def outcomes(result: Result) -> list[str]:
 def statuses(api: ImagesAPI) -> list[int | None]:
     """How the server answered, in order of arrival."""
     return [request.status for request in api.image_requests]
-
-
-def encoded(image: Image.Image, image_format: str = "png", **options: object) -> bytes:
-    """An image as a file's bytes."""
-    file = io.BytesIO()
-    image.save(file, image_format, **options)
-    return file.getvalue()
 
 
 def size_of(name: str | Path) -> tuple[int, int]:

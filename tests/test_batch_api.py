@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import image_gen
+import live
 import openai
 import pytest
-from expectations import picture
 from images_api import (
     Answer,
     BatchPlan,
@@ -30,14 +30,13 @@ from images_api import (
     token_limit_exceeded,
     unauthorized,
 )
-from live import batch, error, images, lines, names, outcomes, prompts
+from inputs import Job, picture
 from test_run import mixed_jobs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from conftest import Result, Run, Start
-    from expectations import Job
     from images_api import ImagesAPI, Lines, Ordinary, Reply
 
 Json = dict[str, Any]
@@ -68,7 +67,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def queued(jobs: int | Sequence[Job], *flags: object) -> list[str]:
     """The command line of a run through the Batch API, into the folder out."""
-    return batch(jobs, "--batch-api", *flags)
+    return live.batch(jobs, "--batch-api", *flags)
 
 
 def routes(api: ImagesAPI) -> Counter[str]:
@@ -87,7 +86,7 @@ def uploads(api: ImagesAPI, purpose: str) -> list[bytes]:
 
 def made(folder: str = "out") -> list[str]:
     """The files of a folder that are not hidden."""
-    return [name for name in names(folder) if not name.startswith(".")]
+    return [name for name in live.names(folder) if not name.startswith(".")]
 
 
 def state() -> Json:
@@ -137,7 +136,7 @@ def test_a_run_leaves_and_reports_what_a_live_run_does(
         monkeypatch.chdir(Path(*way, "here"))
         for name, mode in (("room.png", "RGB"), ("chair.jpg", "RGB"), ("mask.png", "RGBA")):
             picture(name, mode)
-        result = run(*batch(mixed_jobs(), *flags, *way))
+        result = run(*live.batch(mixed_jobs(), *flags, *way))
         records = sorted(result.json_lines, key=lambda line: line["job"])
         contents = {name: Path("out", name).read_bytes() for name in made()}
         contents["sheet"] = Path("sheet.png").read_bytes()
@@ -145,11 +144,11 @@ def test_a_run_leaves_and_reports_what_a_live_run_does(
             record["request_id"] = record["error"] and record["error"].pop("message") and None
         records = [{key: line[key] for key in line if key not in own} for line in records]
         found.append((result.exit_code, records, contents))
-    live, queue = found
-    assert live[0] == queue[0] == 1
-    assert live[1] == queue[1]
-    assert live[2] == queue[2]
-    assert [line["status"] for line in live[1]].count("done") == 19
+    at_once, in_batches = found
+    assert at_once[0] == in_batches[0] == 1
+    assert at_once[1] == in_batches[1]
+    assert at_once[2] == in_batches[2]
+    assert [line["status"] for line in at_once[1]].count("done") == 19
 
 
 @pytest.mark.parametrize(
@@ -167,10 +166,11 @@ def test_what_live_refuses_is_refused_in_the_same_words(
 ) -> None:
     Path("out").mkdir()
     picture("out/mine.png")
-    live, queue = run(*batch(jobs)), run(*queued(jobs))
-    assert (queue.exit_code, queue.stdout, queue.stderr) == (2, "", live.stderr)
+    at_once, in_batches = run(*live.batch(jobs)), run(*queued(jobs))
+    assert (in_batches.exit_code, in_batches.stdout) == (2, "")
+    assert in_batches.stderr == at_once.stderr
     assert api.requests == []
-    assert names() == ["mine.png"]
+    assert live.names() == ["mine.png"]
 
 
 @pytest.mark.parametrize(
@@ -186,9 +186,9 @@ def test_what_live_refuses_is_refused_in_the_same_words(
 def test_options_that_do_not_fit_are_refused(
     run: Run, api: ImagesAPI, argv: list[str], said: str
 ) -> None:
-    result = run(*batch(1, *argv))
+    result = run(*live.batch(1, *argv))
     assert result.exit_code == 2
-    (problem,) = lines(result)
+    (problem,) = live.lines(result)
     assert said in problem
     assert api.requests == []
 
@@ -199,7 +199,7 @@ def test_markup_is_refused_since_no_batch_carries_it(run: Run, api: ImagesAPI) -
     job = {"prompt": "a", "model": FLARE, "image": "room.png", "markup": "drawing.png"}
     result = run(*queued([job]))
     assert (result.exit_code, api.requests) == (2, [])
-    assert "line 1: markup" in lines(result)[0]
+    assert "line 1: markup" in live.lines(result)[0]
 
 
 @pytest.mark.parametrize(
@@ -214,10 +214,10 @@ def test_markup_is_refused_since_no_batch_carries_it(run: Run, api: ImagesAPI) -
 def test_fifty_thousand_jobs_are_taken_where_live_takes_five_hundred(
     run: Run, jobs: int, flags: tuple[str, ...], exit_code: int
 ) -> None:
-    result = run(*batch(["a fox"] * jobs, "--dry-run", *flags))
+    result = run(*live.batch(["a fox"] * jobs, "--dry-run", *flags))
     assert result.exit_code == exit_code
     if exit_code:
-        assert f"{jobs:,} jobs" in lines(result)[0]
+        assert f"{jobs:,} jobs" in live.lines(result)[0]
     assert ("--batch-api" in result.stderr) == (jobs == 501 and exit_code == 2)
 
 
@@ -228,7 +228,7 @@ def test_the_uploaded_lines_are_those_of_the_dry_run(run: Run, api: ImagesAPI) -
     for name, mode in (("room.png", "RGB"), ("chair.jpg", "RGB"), ("mask.png", "RGBA")):
         picture(name, mode)
     dry = run(*queued(mixed_jobs(), "--dry-run"))
-    assert (dry.exit_code, api.requests, names()) == (0, [], [])
+    assert (dry.exit_code, api.requests, live.names()) == (0, [], [])
     assert run(*queued(mixed_jobs(), "--no-wait")).exit_code == 3
     contents = {f"upload of {name}": Path(name).read_bytes() for name in ("room.png", "mask.png")}
     contents["upload of chair.jpg"] = Path("chair.jpg").read_bytes()
@@ -369,7 +369,7 @@ def test_a_run_that_is_finished_asks_the_server_nothing_more(run: Run, api: Imag
     assert run(*queued(2)).exit_code == 0
     asked = len(api.requests)
     again = run(*queued(2, "--json"))
-    assert (again.exit_code, outcomes(again)) == (0, ["skipped"] * 2)
+    assert (again.exit_code, live.outcomes(again)) == (0, ["skipped"] * 2)
     assert len(api.requests) == asked
 
 
@@ -377,7 +377,7 @@ def test_force_submits_everything_anew(run: Run, api: ImagesAPI) -> None:
     for _ in range(2):
         assert run(*queued(2, "--force")).exit_code == 0
     assert submitted(api) == ["job 1", "job 1", "job 2", "job 2"]
-    assert made() == images(1, 2)
+    assert made() == live.images(1, 2)
 
 
 EDIT = {"prompt": "b", "image": "room.png"}
@@ -404,7 +404,7 @@ def test_changed_jobs_are_refused_and_told_how_to_go_on(
     asked, kept = len(api.requests), STATE.read_bytes()
     result = run(*queued(jobs))
     assert (result.exit_code, result.stdout) == (2, "")
-    (problem,) = lines(result)
+    (problem,) = live.lines(result)
     for way_on in ("--out-dir", "--cancel", "--input", str(STATE)):
         assert way_on in problem
     assert (len(api.requests), STATE.read_bytes()) == (asked, kept)
@@ -426,7 +426,7 @@ def test_jobs_may_change_as_long_as_nothing_was_submitted(run: Run, api: ImagesA
     api.script_route(UPLOAD, unauthorized())
     failed = run(*queued(2))
     assert failed.exit_code == 1
-    assert any("OPENAI_API_KEY" in line for line in lines(failed))
+    assert any("OPENAI_API_KEY" in line for line in live.lines(failed))
     assert run(*queued(["a", "b", "c"])).exit_code == 0
     assert submitted(api) == ["a", "b", "c"]
 
@@ -448,7 +448,7 @@ def test_a_state_that_cannot_be_read_is_refused_and_kept(
     STATE.write_bytes(content)
     result = run(*queued(1))
     assert (result.exit_code, api.requests) == (2, [])
-    assert str(STATE) in lines(result)[0]
+    assert str(STATE) in live.lines(result)[0]
     assert STATE.read_bytes() == content
 
 
@@ -461,7 +461,7 @@ def test_a_second_process_is_refused_and_ctrl_c_leaves_the_batches_running(
     api.wait_until(lambda requests: any(request.route == POLL for request in requests), 30)
     second = run(*argv)
     assert (second.exit_code, second.stdout) == (2, "")
-    assert "another process" in lines(second)[0]
+    assert "another process" in live.lines(second)[0]
     first.send_signal(signal.SIGINT)
     stdout, stderr = first.communicate(timeout=10)
     assert (first.returncode, stdout) == (130, "")
@@ -472,7 +472,7 @@ def test_a_second_process_is_refused_and_ctrl_c_leaves_the_batches_running(
     assert routes(api)[CANCEL] == 0
     api.batches[0].states.append("completed")
     assert run(*argv).exit_code == 0
-    assert (submitted(api), made()) == (prompts(2), images(1, 2))
+    assert (submitted(api), made()) == (live.prompts(2), live.images(1, 2))
 
 
 def test_a_process_that_started_at_the_same_moment_submits_nothing_twice(
@@ -489,7 +489,7 @@ def test_a_process_that_started_at_the_same_moment_submits_nothing_twice(
     monkeypatch.setattr(image_gen, "preflight", overtaken)
     run(*argv)
     assert other
-    assert submitted(api) == prompts(2)
+    assert submitted(api) == live.prompts(2)
 
 
 # ------------------------------------------------------------------------- a create that goes wrong
@@ -514,9 +514,9 @@ def test_a_create_that_fails_never_submits_twice(
     api.script_route(CREATE, fault)
     results = [run(*queued(2, "--max-attempts", attempts)) for _ in range(2)]
     assert results[1].exit_code == 0
-    assert submitted(api) == prompts(2)
+    assert submitted(api) == live.prompts(2)
     assert len(api.batches) == 1
-    assert made() == images(1, 2)
+    assert made() == live.images(1, 2)
 
 
 def test_a_lost_batch_is_found_behind_a_page_of_others(run: Run, api: ImagesAPI) -> None:
@@ -539,7 +539,7 @@ def test_the_rate_limit_is_waited_for_no_longer_than_max_wait(run: Run, api: Ima
     api.script_route(CREATE, *[rate_limited(0.02)] * 100)
     result = run(*queued(1, "--max-wait", 0.1))
     assert result.exit_code == 1
-    assert any("--max-wait" in line for line in lines(result))
+    assert any("--max-wait" in line for line in live.lines(result))
     assert routes(api)[CREATE] <= 10
 
 
@@ -551,7 +551,7 @@ def test_a_batch_that_is_refused_does_not_keep_the_others_from_being_collected(
     argv = queued(["a", {"prompt": "b", "model": FLARE}], "--json")
     first = run(*argv)
     assert first.exit_code == 1
-    assert outcomes(first)[0] == "done"
+    assert live.outcomes(first)[0] == "done"
     assert failures(first)[2]["code"] == "billing_hard_limit_reached"
     run(*argv)
     assert run(*argv).exit_code == 0
@@ -565,12 +565,12 @@ def test_no_wait_returns_after_submitting_and_the_same_command_collects_later(
     run: Run, api: ImagesAPI
 ) -> None:
     first = run(*queued(2, "--no-wait", "--json"))
-    assert (first.exit_code, outcomes(first), made()) == (3, ["skipped"] * 2, [])
+    assert (first.exit_code, live.outcomes(first), made()) == (3, ["skipped"] * 2, [])
     assert {failure["kind"] for failure in failures(first).values()} == {"submitted"}
     assert "repeat the command" in first.stderr
     assert run(*queued(2, "--no-wait")).exit_code == 3
     assert run(*queued(2, "--no-wait")).exit_code == 0
-    assert (submitted(api), made()) == (prompts(2), images(1, 2))
+    assert (submitted(api), made()) == (live.prompts(2), live.images(1, 2))
 
 
 def test_results_are_collected_although_the_inputs_are_gone(run: Run, api: ImagesAPI) -> None:
@@ -653,14 +653,14 @@ def test_every_end_gives_its_codes_and_skip_existing_submits_only_what_is_missin
     assert {failure["code"] for failure in failures(result).values()} == codes
     assert all(failure["retryable"] for failure in failures(result).values())
     assert all("HTTP 0" not in failure["message"] for failure in failures(result).values())
-    assert outcomes(result).count("done") == len(made()) == done
+    assert live.outcomes(result).count("done") == len(made()) == done
     assert ("--skip-existing" in result.stderr) == (done < 4)
     asked = len(api.requests)
     again = run(*queued(4))
     assert (again.exit_code, len(api.requests)) == (result.exit_code, asked)
-    assert bool(lines(again)) == ("--skip-existing" in again.stderr) == (done < 4)
+    assert bool(live.lines(again)) == ("--skip-existing" in again.stderr) == (done < 4)
     assert run(*queued(4, "--skip-existing")).exit_code == 0
-    assert made() == images(1, 2, 3, 4)
+    assert made() == live.images(1, 2, 3, 4)
     assert [len(each.lines) for each in api.batches[1:]] == [4 - done] * (done < 4)
 
 
@@ -683,8 +683,8 @@ def test_a_failed_validation_is_shown_with_the_numbers_of_the_jobs(
         batch_error("whole", "About the file."),
     )
     api.plan_batch(BatchPlan(errors=errors))
-    result = run(*queued(["# a comment", *prompts(4)], "--json"))
-    assert (result.exit_code, outcomes(result)) == (1, ["failed"] * 4)
+    result = run(*queued(["# a comment", *live.prompts(4)], "--json"))
+    assert (result.exit_code, live.outcomes(result)) == (1, ["failed"] * 4)
     found = failures(result)
     assert "The first is wrong." in found[1]["message"]
     assert "The third is wrong." in found[3]["message"]
@@ -740,10 +740,10 @@ def test_an_odd_result_fails_its_job_alone(
 ) -> None:
     api.plan_batch(changed(lambda line: line["custom_id"] == "job-1" and change(line)))
     result = run(*queued(3, "--json"))
-    assert (result.exit_code, outcomes(result)) == (1, ["failed", "done", "done"])
+    assert (result.exit_code, live.outcomes(result)) == (1, ["failed", "done", "done"])
     assert "Traceback" not in result.stderr
     assert failures(result)[1]["kind"] != "internal"
-    assert made() == images(2, 3)
+    assert made() == live.images(2, 3)
 
 
 @pytest.mark.parametrize(
@@ -754,7 +754,7 @@ def test_an_odd_result_fails_its_job_alone(
 def test_a_line_that_is_no_result_is_passed_over(run: Run, api: ImagesAPI, odd: bytes) -> None:
     api.plan_batch(BatchPlan(output=lambda whole: [odd + b"\n", *whole]))
     result = run(*queued(2, "--json"))
-    assert (result.exit_code, outcomes(result)) == (0, ["done", "done"])
+    assert (result.exit_code, live.outcomes(result)) == (0, ["done", "done"])
     assert "Traceback" not in result.stderr
 
 
@@ -767,25 +767,25 @@ def renamed(whole: Lines) -> Lines:
 def test_an_image_that_nobody_asked_for_is_told_and_kept(run: Run, api: ImagesAPI) -> None:
     api.plan_batch(BatchPlan(output=renamed))
     result = run(*queued(2, "--json"))
-    assert (result.exit_code, outcomes(result)) == (0, ["done", "done"])
-    (stray,) = set(made()) - set(images(1, 2))
+    assert (result.exit_code, live.outcomes(result)) == (0, ["done", "done"])
+    (stray,) = set(made()) - set(live.images(1, 2))
     assert image_gen.saved_file(f"out/{stray}")
-    assert any("../job-" in line and stray in line for line in lines(result, "Warning: "))
-    assert names(".") == ["jobs.jsonl", "out"]
+    assert any("../job-" in line and stray in line for line in live.lines(result, "Warning: "))
+    assert live.names(".") == ["jobs.jsonl", "out"]
 
 
 def test_a_result_that_comes_twice_changes_nothing(run: Run, api: ImagesAPI) -> None:
     api.plan_batch(BatchPlan(output=lambda whole: [*(two := list(whole)), *two]))
     result = run(*queued(2, "--json"))
-    assert (result.exit_code, outcomes(result)) == (0, ["done", "done"])
-    assert {*images(1, 2)} <= {*made()}
+    assert (result.exit_code, live.outcomes(result)) == (0, ["done", "done"])
+    assert {*live.images(1, 2)} <= {*made()}
 
 
 def test_a_stray_error_is_told(run: Run, api: ImagesAPI) -> None:
     api.plan_batch(BatchPlan(output=stray_output))
     result = run(*queued(1))
-    assert (result.exit_code, made()) == (0, images(1))
-    assert any("nobody" in line for line in lines(result, "Warning: "))
+    assert (result.exit_code, made()) == (0, live.images(1))
+    assert any("nobody" in line for line in live.lines(result, "Warning: "))
 
 
 def test_a_truncated_output_file_is_fetched_again_by_the_next_run(run: Run, api: ImagesAPI) -> None:
@@ -794,11 +794,11 @@ def test_a_truncated_output_file_is_fetched_again_by_the_next_run(run: Run, api:
 
     api.script_route(DOWNLOAD, *[truncated] * 5)
     result = run(*queued(3, "--json"))
-    assert (result.exit_code, outcomes(result).count("done")) == (1, 2)
+    assert (result.exit_code, live.outcomes(result).count("done")) == (1, 2)
     assert "Traceback" not in result.stderr
     while routes(api)[DOWNLOAD] < 6:
         result = run(*queued(3))
-    assert (result.exit_code, made()) == (0, images(1, 2, 3))
+    assert (result.exit_code, made()) == (0, live.images(1, 2, 3))
     assert len(api.batches) == 1
 
 
@@ -807,12 +807,12 @@ def test_what_a_file_that_stays_truncated_lacks_can_be_submitted_as_the_message_
 ) -> None:
     api.plan_batch(BatchPlan(output=cut_output))
     assert run(*queued(3)).exit_code == 1
-    said = error(run(*queued(3)))
+    said = live.error(run(*queued(3)))
     assert "--skip-existing" in said
     if str(STATE) in said:
         STATE.unlink()
     assert run(*queued(3, "--skip-existing")).exit_code == 0
-    assert made() == images(1, 2, 3)
+    assert made() == live.images(1, 2, 3)
     assert [len(each.lines) for each in api.batches] == [3, 1]
 
 
@@ -828,7 +828,7 @@ def test_a_picture_that_someone_put_there_meanwhile_is_kept_and_ours_saved_besid
     assert result.exit_code == 0
     assert Path("out/001-job-1.png").read_bytes() == theirs
     assert len(made()) == 3
-    assert any("appeared meanwhile" in line for line in lines(result, "Warning: "))
+    assert any("appeared meanwhile" in line for line in live.lines(result, "Warning: "))
     assert len(api.batches) == 1
 
 
@@ -837,7 +837,7 @@ def test_what_was_saved_beside_it_is_not_saved_again_by_the_next_collection(
 ) -> None:
     api.plan_batch(BatchPlan(states=("in_progress", "completed"), output=cut_output))
     assert run(*queued(3, "--no-wait")).exit_code == 3
-    for name in images(1, 2, 3):
+    for name in live.images(1, 2, 3):
         picture(f"out/{name}", size=(32, 32))
     seen = [made() for _ in range(3) if run(*queued(3)).exit_code == 1]
     assert [len(found) for found in seen] == [5, 5, 5]
@@ -855,10 +855,10 @@ def test_an_image_that_cannot_be_written_is_collected_by_the_next_run(
     with monkeypatch.context() as patch:
         patch.setattr(image_gen, "write_file", full)
         result = run(*queued(2, "--json"))
-    assert (result.exit_code, outcomes(result)) == (1, ["failed", "done"])
+    assert (result.exit_code, live.outcomes(result)) == (1, ["failed", "done"])
     assert "No space left" in result.stderr
     assert run(*queued(2)).exit_code == 0
-    assert (submitted(api), made()) == (prompts(2), images(1, 2))
+    assert (submitted(api), made()) == (live.prompts(2), live.images(1, 2))
 
 
 @pytest.mark.parametrize(
@@ -875,10 +875,10 @@ def test_a_refused_step_is_told_without_a_remedy_for_something_else(
     api.script_route(route, reply)
     result = run(*queued(1))
     assert result.exit_code == 1
-    assert any(said in line for line in lines(result))
+    assert any(said in line for line in live.lines(result))
     assert "--model" not in result.stderr
     assert run(*queued(1)).exit_code == 0
-    assert (len(api.batches), made()) == (1, images(1))
+    assert (len(api.batches), made()) == (1, live.images(1))
 
 
 @pytest.mark.parametrize("route", [POLL, DOWNLOAD], ids=["no such batch", "no such file"])
@@ -902,13 +902,13 @@ def test_cancel_collects_what_is_finished_and_the_rest_can_be_submitted_later(
 ) -> None:
     assert run(*queued(4, "--no-wait")).exit_code == 3
     result = run(*queued(4, "--cancel", "--json"))
-    assert (result.exit_code, outcomes(result).count("done")) == (1, 2)
+    assert (result.exit_code, live.outcomes(result).count("done")) == (1, 2)
     assert {failure["code"] for failure in failures(result).values()} == {"batch_cancelled"}
     assert (api.batches[0].status, len(made())) == ("cancelled", 2)
     assert run(*queued(4, "--cancel")).exit_code == 2
     assert run(*queued(4, "--skip-existing")).exit_code == 0
     assert [len(each.lines) for each in api.batches] == [4, 2]
-    assert made() == images(1, 2, 3, 4)
+    assert made() == live.images(1, 2, 3, 4)
 
 
 def test_cancel_of_what_has_ended_already_only_collects(run: Run, api: ImagesAPI) -> None:
@@ -917,7 +917,7 @@ def test_cancel_of_what_has_ended_already_only_collects(run: Run, api: ImagesAPI
     with openai.OpenAI() as client:
         assert client.batches.retrieve(api.batches[0].id).status == "completed"
     assert run(*queued(2, "--cancel")).exit_code == 0
-    assert (api.batches[0].status, made()) == ("completed", images(1, 2))
+    assert (api.batches[0].status, made()) == ("completed", live.images(1, 2))
 
 
 def test_cancel_goes_on_after_a_fault(run: Run, api: ImagesAPI) -> None:

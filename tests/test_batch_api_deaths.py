@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import image_gen
+import live
 import pytest
 from conftest import SCRIPTS
-from expectations import job_file, picture
 from images_api import Answer, BatchPlan
-from live import names
+from inputs import job_file, picture
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -80,7 +80,7 @@ def fatal(act: Callable[..., object], counter: Iterator[int], death: Death) -> o
     return acting
 
 
-def live(env: dict[str, str], death: Death, *flags: str) -> None:
+def run_to_death(env: dict[str, str], death: Death, *flags: str) -> None:
     """One run, in a process of its own; it dies by its own hand around a write."""
     os.environ.update(env)
     with open("log.txt", "a") as log:
@@ -114,7 +114,7 @@ class Lives:
         self.arrivals, self.death = count(1), death
         self.started.clear()
         arguments = (self.api.env(), death, *flags)
-        self.process = FORKS.Process(target=live, args=arguments, daemon=True)
+        self.process = FORKS.Process(target=run_to_death, args=arguments, daemon=True)
         self.process.start()
         self.started.set()
         self.process.join(timeout=30)
@@ -175,7 +175,7 @@ def begin(api: ImagesAPI, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Be
 
 def exactly_once(batches: list[Batch]) -> None:
     """Every image is there once, and the server saw every job once."""
-    assert [name for name in names() if not name.startswith(".")] == IMAGES
+    assert [name for name in live.names() if not name.startswith(".")] == IMAGES
     contents = {Path("out", f"{name}.png").read_bytes() for name in ORIGINALS}
     assert len(contents) == len(ORIGINALS)
     seen = Counter(line.custom_id for batch in batches for line in batch.lines)

@@ -7,10 +7,11 @@ import signal
 import subprocess
 from typing import TYPE_CHECKING
 
+import dry
 import pytest
 from conftest import command
-from expectations import batch, document, edit, files, generate, job_file, picture, problem
 from image_gen import MAX_ATTEMPTS, MAX_CONCURRENCY, MAX_N
+from inputs import job_file, picture
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,12 +37,12 @@ GENERATE = ("generate", "--prompt", "a fox", "--dry-run")
 def call(run: Run) -> Callable[..., Result]:
     """A valid dry run of a subcommand, with more flags."""
     picture("room.png")
-    calls: dict[str, Callable[..., Result]] = {"generate": generate, "edit": edit}
+    calls: dict[str, Callable[..., Result]] = {"generate": dry.generate, "edit": dry.edit}
 
     def call(subcommand: str, *argv: str) -> Result:
         if subcommand in calls:
             return calls[subcommand](run, *argv)
-        return batch(run, "a fox", flags=argv)
+        return dry.batch(run, "a fox", flags=argv)
 
     return call
 
@@ -108,7 +109,7 @@ def test_help_without_a_subcommand_lists_the_subcommands_and_the_exit_codes(run:
 def test_wrong_syntax_is_refused_with_a_sentence_that_names_it(
     run: Run, argv: list[str], says: str
 ) -> None:
-    assert says in problem(run(*argv))
+    assert says in dry.problem(run(*argv))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,7 @@ def test_wrong_syntax_is_refused_with_a_sentence_that_names_it(
 def test_flags_cannot_be_abbreviated(
     call: Callable[..., Result], subcommand: str, abbreviation: list[str]
 ) -> None:
-    assert abbreviation[0] in problem(call(subcommand, *abbreviation))
+    assert abbreviation[0] in dry.problem(call(subcommand, *abbreviation))
 
 
 @pytest.mark.parametrize(
@@ -136,7 +137,7 @@ def test_flags_cannot_be_abbreviated(
 def test_generate_batch_says_where_the_flags_of_single_images_go(
     call: Callable[..., Result], flag: str, goes_to: str
 ) -> None:
-    said = problem(call("generate-batch", flag, "x"))
+    said = dry.problem(call("generate-batch", flag, "x"))
     assert f"{flag}: is no option of generate-batch" in said
     assert goes_to in said.partition("is no option")[2]
 
@@ -152,21 +153,21 @@ def test_generate_batch_says_where_the_flags_of_single_images_go(
 )
 def test_a_prompt_may_begin_with_a_dash(run: Run, flag: str, value: str | None, shown: str) -> None:
     argv = [flag] if value is None else [flag, value]
-    shown_prompt = document(run("generate", *argv, "--no-augment", "--dry-run"))["prompt"]
+    shown_prompt = dry.document(run("generate", *argv, "--no-augment", "--dry-run"))["prompt"]
     assert shown_prompt == shown
 
 
 @pytest.mark.parametrize("flag", ["--n", "--output-compression", "--downscale-max-dim"])
 @pytest.mark.parametrize("value", ["", "three", "1_0", "٣", " 3 ", "3.0", "0x3", "1e1", "9" * 5000])
 def test_a_whole_number_is_written_in_digits(run: Run, flag: str, value: str) -> None:
-    said = problem(generate(run, f"{flag}={value}"))
+    said = dry.problem(dry.generate(run, f"{flag}={value}"))
     assert f"{flag}: has to be a whole number" in said
 
 
 @pytest.mark.parametrize("flag", ["--timeout", "--max-wait"])
 @pytest.mark.parametrize("value", ["", "soon", "nan", "inf", "-1", "0"])
 def test_a_time_is_a_positive_number_of_seconds(run: Run, flag: str, value: str) -> None:
-    said = problem(generate(run, f"{flag}={value}"))
+    said = dry.problem(dry.generate(run, f"{flag}={value}"))
     assert f"{flag}: has to be a positive number of seconds" in said
 
 
@@ -184,15 +185,15 @@ def test_a_number_is_accepted_within_its_limits_and_refused_beyond(
     call: Callable[..., Result], subcommand: str, flag: str, low: int, high: int
 ) -> None:
     for value in (low, high):
-        document(call(subcommand, f"{flag}={value}"))
+        dry.document(call(subcommand, f"{flag}={value}"))
     for value in (low - 1, high + 1):
-        said = problem(call(subcommand, f"{flag}={value}"))
+        said = dry.problem(call(subcommand, f"{flag}={value}"))
         assert flag.lstrip("-") in said
         assert f"{value}: accepted are {low} to {high}" in said
 
 
 def test_force_and_skip_existing_exclude_each_other(run: Run) -> None:
-    said = problem(generate(run, "--force", "--skip-existing"))
+    said = dry.problem(dry.generate(run, "--force", "--skip-existing"))
     assert "--force" in said
     assert "--skip-existing" in said
 
@@ -202,11 +203,11 @@ def test_force_and_skip_existing_exclude_each_other(run: Run) -> None:
 )
 def test_an_empty_path_is_refused(call: Callable[..., Result], flag: str) -> None:
     subcommand = "generate-batch" if flag == "--input" else "edit"
-    assert f"{flag}: is empty" in problem(call(subcommand, flag, ""))
+    assert f"{flag}: is empty" in dry.problem(call(subcommand, flag, ""))
 
 
 def test_the_last_of_a_repeated_flag_wins(run: Run) -> None:
-    assert document(generate(run, "--n", "2", "--n", "3"))["n"] == 3
+    assert dry.document(dry.generate(run, "--n", "2", "--n", "3"))["n"] == 3
 
 
 # The process itself.
@@ -234,7 +235,7 @@ def test_results_go_to_stdout_refusals_to_stderr_and_the_exit_code_tells_them_ap
 def test_a_prompt_comes_from_standard_input(run_process: Run) -> None:
     argv = ("generate", "--prompt-file", "-", "--dry-run")
     result = run_process(*argv, stdin="  é – ein Fuchs \r\n".encode())
-    assert document(result)["prompt"] == "Primary request: é – ein Fuchs"
+    assert dry.document(result)["prompt"] == "Primary request: é – ein Fuchs"
 
 
 @pytest.mark.parametrize(
@@ -248,7 +249,7 @@ def test_a_prompt_comes_from_standard_input(run_process: Run) -> None:
 def test_bytes_on_the_command_line_that_are_not_utf8_are_refused(
     run_process: Run, argv: tuple[str, ...]
 ) -> None:
-    said = problem(run_process("generate", "--dry-run", *argv))
+    said = dry.problem(run_process("generate", "--dry-run", *argv))
     assert f"{argv[-2]}: is not valid text" in said
 
 
@@ -258,7 +259,7 @@ def test_a_document_is_the_same_on_a_stdout_of_any_encoding(
 ) -> None:
     argv = ("generate", "--dry-run", "--no-augment", "--prompt", "é…🦊")
     result = run_process(*argv, env={"PYTHONIOENCODING": encoding})
-    assert document(result)["prompt"] == "é…🦊"
+    assert dry.document(result)["prompt"] == "é…🦊"
 
 
 @pytest.mark.parametrize(
@@ -341,7 +342,7 @@ def test_what_is_wrong_is_told_in_one_line_without_control_characters(
 ) -> None:
     picture("taken.png")
     os.rename("taken.png", "taken")
-    said = problem(run(*argv))
+    said = dry.problem(run(*argv))
     assert said.isprintable()
 
 
@@ -356,7 +357,7 @@ def test_what_is_wrong_is_told_in_one_line_without_control_characters(
 )
 def test_a_key_that_slipped_into_the_arguments_is_not_repeated(run: Run, argv: list[str]) -> None:
     prompt = () if "--prompt-file" in argv else ("--prompt", "x")
-    said = problem(run("generate", *prompt, *argv, env={"OPENAI_API_KEY": "sk-secret-word"}))
+    said = dry.problem(run("generate", *prompt, *argv, env={"OPENAI_API_KEY": "sk-secret-word"}))
     assert "sk-secret-word" not in said
 
 
@@ -364,10 +365,10 @@ def test_a_current_directory_that_is_gone_is_a_refusal(run_process: Run) -> None
     os.mkdir("gone")
     os.chdir("gone")
     os.rmdir("../gone")
-    assert problem(run_process(*GENERATE))
+    assert dry.problem(run_process(*GENERATE))
 
 
 def test_a_refused_call_leaves_the_disk_as_it_was(run: Run) -> None:
-    before = files()
-    problem(run("generate", "--prompt", "x", "--out-dir", "new", "--n", "0", "--dry-run"))
-    assert files() == before
+    before = dry.files()
+    dry.problem(run("generate", "--prompt", "x", "--out-dir", "new", "--n", "0", "--dry-run"))
+    assert dry.files() == before

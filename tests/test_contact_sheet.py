@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import image_gen
+import live
 import pytest
 from images_api import decompression_bomb, image_bytes, moderation_blocked, unauthorized
-from live import batch, encoded, generate, lines, names, size_of
+from inputs import encoded
 from PIL import Image, ImageChops
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def cells(name: str = "sheet.png", count: int = 4) -> list[tuple[int, ...]]:
 
 
 def make(run: Run, jobs: int, *flags: object) -> Result:
-    return run(*batch(jobs, *SHEET, *flags))
+    return run(*live.batch(jobs, *SHEET, *flags))
 
 
 def test_the_thumbnails_stand_in_job_order(run: Run, coloured: ImagesAPI) -> None:
@@ -93,33 +94,33 @@ def test_it_is_renewed_when_the_command_is_repeated(run: Run, coloured: ImagesAP
     make(run, 4)
     assert make(run, 4, "--skip-existing").exit_code == 0
     assert cells() == COLOURS
-    assert names(".") == ["jobs.jsonl", "out", "sheet.png"]
+    assert live.names(".") == ["jobs.jsonl", "out", "sheet.png"]
 
 
 def test_it_does_not_replace_a_file_that_exists(run: Run, api: ImagesAPI) -> None:
     Path("sheet.png").write_text("mine")
     result = make(run, 1)
     assert result.exit_code == 2
-    assert "sheet.png exists" in lines(result)[0]
+    assert "sheet.png exists" in live.lines(result)[0]
     assert api.requests == []
     assert Path("sheet.png").read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["sheet.png", "sheet.jpg", "sheet.webp"])
 def test_its_suffix_decides_its_format(run: Run, api: ImagesAPI, name: str) -> None:
-    assert run(*batch(1, "--contact-sheet", name)).exit_code == 0
+    assert run(*live.batch(1, "--contact-sheet", name)).exit_code == 0
     with Image.open(name) as sheet:
         assert sheet.format == image_gen.SUFFIX_FORMATS[Path(name).suffix].upper()
     assert len(api.requests) == 1
 
 
 def test_every_variant_has_a_cell(run: Run, api: ImagesAPI) -> None:
-    four = run(*batch([{"prompt": "a", "n": 4}], *SHEET))
+    four = run(*live.batch([{"prompt": "a", "n": 4}], *SHEET))
     assert four.exit_code == 0
-    size = size_of("sheet.png")
+    size = live.size_of("sheet.png")
     Path("sheet.png").unlink()
     make(run, 4, "--force")
-    assert size_of("sheet.png") == size
+    assert live.size_of("sheet.png") == size
     assert len(api.requests) == 5
 
 
@@ -141,9 +142,9 @@ def test_the_names_stand_below_the_thumbnails(run: Run, coloured: ImagesAPI) -> 
 def test_a_title_of_any_characters_can_be_drawn(run: Run, api: ImagesAPI) -> None:
     api.script(moderation_blocked(), repeat=True)
     titles = ["日本 🦊 \u202e", "a\ttab \x07", "long " * 500, '"two\\nlines"']
-    result = run(*batch(titles, *SHEET))
+    result = run(*live.batch(titles, *SHEET))
     assert result.exit_code == 1
-    assert "sheet" not in "".join(lines(result))
+    assert "sheet" not in "".join(live.lines(result))
     assert len(cells()) == 4
 
 
@@ -153,8 +154,8 @@ def test_a_sheet_that_cannot_be_written_fails_the_run_and_keeps_the_images(
     api.script(image_bytes(in_the_way), repeat=True)
     result = make(run, 1, "--force")
     assert result.exit_code == 1
-    assert "--contact-sheet sheet.png" in lines(result)[0]
-    assert names() == ["001-job-1.png"]
+    assert "--contact-sheet sheet.png" in live.lines(result)[0]
+    assert live.names() == ["001-job-1.png"]
 
 
 def in_the_way(data: bytes) -> bytes:
@@ -165,9 +166,9 @@ def in_the_way(data: bytes) -> bytes:
 
 def test_a_hundred_images_make_a_sheet(run: Run, api: ImagesAPI) -> None:
     assert make(run, 100, "--concurrency", 25).exit_code == 0
-    assert size_of("sheet.png") == (2648, 2848)
+    assert live.size_of("sheet.png") == (2648, 2848)
     assert len(api.requests) == 100
 
 
 def test_single_commands_have_none(run: Run) -> None:
-    assert run(*generate(*SHEET)).exit_code == 2
+    assert run(*live.generate(*SHEET)).exit_code == 2

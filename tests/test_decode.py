@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import image_gen
+import live
 import numpy as np
 import pytest
 from images_api import (
@@ -26,7 +27,7 @@ from images_api import (
     truncated_image,
     wrong_base64,
 )
-from live import batch, encoded, error, generate, images, lines, names, outcomes, size_of
+from inputs import encoded
 from PIL import Image, ImageCms
 
 if TYPE_CHECKING:
@@ -55,14 +56,14 @@ def test_a_bad_answer_fails_its_job_alone_and_is_not_asked_for_again(
     run: Run, api: ImagesAPI, reply: Reply
 ) -> None:
     api.script_for("job 2", reply)
-    result = run(*batch(3, "--json"))
-    assert error(result).startswith("line 2: ")
-    assert outcomes(result) == ["done", "failed", "done"]
+    result = run(*live.batch(3, "--json"))
+    assert live.error(result).startswith("line 2: ")
+    assert live.outcomes(result) == ["done", "failed", "done"]
     assert len(api.requests) == 3
     failed = next(line for line in result.json_lines if line["job"] == 2)
     assert failed["error"]["kind"] == "bad_answer"
     # Bytes that were paid for are kept, under a name that is no image's.
-    kept = [name for name in names() if name not in images(1, 3)]
+    kept = [name for name in live.names() if name not in live.images(1, 3)]
     assert kept in ([], ["002-job-2.png.damaged"])
     assert all(name in failed["error"]["message"] for name in kept)
     assert failed["error"]["maybe_billed"] is True
@@ -71,35 +72,35 @@ def test_a_bad_answer_fails_its_job_alone_and_is_not_asked_for_again(
 
 def test_a_body_that_always_breaks_is_a_connection_failure(run: Run, api: ImagesAPI) -> None:
     api.script(answer_cut(0.9))
-    result = run(*generate("--json", "--max-attempts", 1))
-    assert "connection" in error(result)
+    result = run(*live.generate("--json", "--max-attempts", 1))
+    assert "connection" in live.error(result)
     assert result.json["error"]["maybe_billed"] is True
-    assert names(".") == []
+    assert live.names(".") == []
 
 
 def test_fewer_images_are_saved_and_the_job_fails(run: Run, api: ImagesAPI) -> None:
     api.script(fewer_images(2))
-    result = run(*generate("--n", 3, "--json"))
-    assert "3" in error(result)
-    assert names(".") == ["fox-1.png", "fox-2.png"]
+    result = run(*live.generate("--n", 3, "--json"))
+    assert "3" in live.error(result)
+    assert live.names(".") == ["fox-1.png", "fox-2.png"]
     assert [image["path"] for image in result.json["outputs"]] == ["fox-1.png", "fox-2.png"]
     assert result.json["status"] == "failed"
 
 
 def test_one_bad_image_of_three_does_not_lose_the_others(run: Run, api: ImagesAPI) -> None:
     api.script(document(lambda content: content["data"][1].update(b64_json="%")))
-    result = run(*generate("--n", 3))
-    assert "base64" in error(result)
-    assert names(".") == ["fox-1.png", "fox-3.png"]
+    result = run(*live.generate("--n", 3))
+    assert "base64" in live.error(result)
+    assert live.names(".") == ["fox-1.png", "fox-3.png"]
 
 
 def test_more_images_than_asked_for_are_saved_under_free_names(run: Run, api: ImagesAPI) -> None:
     api.script(more_images(2))
-    result = run(*generate("--n", 1))
+    result = run(*live.generate("--n", 1))
     assert result.exit_code == 0
-    assert len(lines(result, "Warning: ")) == 1
-    assert len(names(".")) == 3
-    assert "fox.png" in names(".")
+    assert len(live.lines(result, "Warning: ")) == 1
+    assert len(live.names(".")) == 3
+    assert "fox.png" in live.names(".")
 
 
 @pytest.mark.parametrize(
@@ -113,12 +114,12 @@ def test_an_image_other_than_asked_for_is_saved_as_it_came_with_a_warning(
     run: Run, api: ImagesAPI, reply: Reply, got: str
 ) -> None:
     api.script(reply)
-    result = run(*generate("--size", "1024x1024", "--json"))
+    result = run(*live.generate("--size", "1024x1024", "--json"))
     assert result.exit_code == 0
-    (warning,) = lines(result, "Warning: ")
+    (warning,) = live.lines(result, "Warning: ")
     assert warning.endswith(got)
     (image,) = result.json["outputs"]
-    assert size_of(image["path"]) == (image["width"], image["height"])
+    assert live.size_of(image["path"]) == (image["width"], image["height"])
     assert image["format"] == ("jpeg" if "jpeg" in got else "png")
     assert any(got in line for line in result.json["warnings"])
 
@@ -126,24 +127,24 @@ def test_an_image_other_than_asked_for_is_saved_as_it_came_with_a_warning(
 def test_the_original_is_written_byte_for_byte(run: Run, api: ImagesAPI) -> None:
     content = encoded(Image.effect_noise((64, 64), 80))
     api.script(image_bytes(lambda _: content))
-    assert run(*generate("--downscale-max-dim", 32)).exit_code == 0
+    assert run(*live.generate("--downscale-max-dim", 32)).exit_code == 0
     assert Path("fox.png").read_bytes() == content
 
 
 def test_other_keys_of_an_answer_are_no_matter(run: Run, api: ImagesAPI) -> None:
     api.script(huge_extra(5))
-    assert run(*generate()).exit_code == 0
+    assert run(*live.generate()).exit_code == 0
 
 
 def test_a_decompression_bomb_is_saved_and_fails_the_downscaled_copy(
     run: Run, api: ImagesAPI
 ) -> None:
     api.script_for("job 1", decompression_bomb())
-    result = run(*batch(2, "--json", "--downscale-max-dim", 32))
-    assert "001-job-1-web.png" in error(result)
-    assert outcomes(result) == ["failed", "done"]
+    result = run(*live.batch(2, "--json", "--downscale-max-dim", 32))
+    assert "001-job-1-web.png" in live.error(result)
+    assert live.outcomes(result) == ["failed", "done"]
     assert Path("out/001-job-1.png").read_bytes() == bomb_png()
-    assert names() == ["001-job-1.png", "002-job-2-web.png", "002-job-2.png"]
+    assert live.names() == ["001-job-1.png", "002-job-2-web.png", "002-job-2.png"]
     failed = next(line for line in result.json_lines if line["job"] == 1)
     assert failed["error"]["kind"] == "downscale"
     assert [image["path"] for image in failed["outputs"]] == ["out/001-job-1.png"]
@@ -156,9 +157,9 @@ def test_an_image_that_is_damaged_inside_is_saved_and_fails_the_copy(
         return data[:-60] + bytes(40) + data[-20:]
 
     api.script(image_bytes(damaged))
-    result = run(*generate("--downscale-max-dim", 32))
-    assert "downscaled" in error(result)
-    assert names(".") == ["fox.png"]
+    result = run(*live.generate("--downscale-max-dim", 32))
+    assert "downscaled" in live.error(result)
+    assert live.names(".") == ["fox.png"]
 
 
 # ------------------------------------------------------------------------------------ the copies
@@ -204,18 +205,18 @@ def test_a_copy_is_never_larger_and_then_the_same_bytes(
     run: Run, api: ImagesAPI, max_dim: int
 ) -> None:
     assert api.requests == []
-    assert run(*generate("--downscale-max-dim", max_dim)).exit_code == 0
+    assert run(*live.generate("--downscale-max-dim", max_dim)).exit_code == 0
     assert Path("fox-web.png").read_bytes() == Path("fox.png").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["png", "jpeg", "webp"])
 def test_a_copy_has_the_format_of_its_original(run: Run, api: ImagesAPI, name: str) -> None:
-    result = run(*generate("--downscale-max-dim", 32, "--json", out=f"fox.{name}"))
+    result = run(*live.generate("--downscale-max-dim", 32, "--json", out=f"fox.{name}"))
     assert result.exit_code == 0
     assert len(api.requests) == 1
     (copy,) = result.json["outputs_downscaled"]
     assert (copy["path"], copy["format"]) == (f"fox-web.{name}", name)
-    assert (copy["width"], copy["height"]) == size_of(f"fox-web.{name}") == (32, 32)
+    assert (copy["width"], copy["height"]) == live.size_of(f"fox-web.{name}") == (32, 32)
 
 
 @pytest.mark.parametrize("name", ["png", "webp"])

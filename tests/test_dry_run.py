@@ -9,21 +9,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import dry
 import pytest
 from conftest import command
-from expectations import (
-    Document,
-    batch,
-    document,
-    documents,
-    edit,
-    files,
-    generate,
-    job_file,
-    picture,
-    warnings,
-)
 from image_gen import probe_file
+from inputs import Json, job_file, picture
 
 if TYPE_CHECKING:
     from conftest import Run
@@ -32,7 +22,7 @@ if TYPE_CHECKING:
 NOT_SENT = {"endpoint", "outputs", "outputs_downscaled", "job", "image", "mask"}
 
 
-def assert_sent(shown: Document, request: Request) -> None:
+def assert_sent(shown: Json, request: Request) -> None:
     """The request is, field for field, what the document says; so are its files."""
     assert request.status == 200
     assert request.path == shown["endpoint"]
@@ -46,7 +36,7 @@ def assert_sent(shown: Document, request: Request) -> None:
     assert sent["mask"] == [Path(name).read_bytes() for name in masks]
 
 
-def assert_written(shown: Document) -> None:
+def assert_written(shown: Json) -> None:
     """The files are there that the document names."""
     for name in (*shown["outputs"], *(shown["outputs_downscaled"] or ())):
         made = probe_file(name)
@@ -56,7 +46,7 @@ def assert_written(shown: Document) -> None:
 
 def test_the_document_of_a_generation(run: Run) -> None:
     flags = ("--n", "2", "--output-format", "webp", "--output-compression", "80", "--out", "fox")
-    result = generate(run, *flags, "--moderation", "low", "--background", "opaque")
+    result = dry.generate(run, *flags, "--moderation", "low", "--background", "opaque")
     assert result.stdout == (
         "{\n"
         '  "background": "opaque",\n'
@@ -80,7 +70,9 @@ def test_the_document_of_a_generation(run: Run) -> None:
 
 def test_the_document_of_an_edit(run: Run) -> None:
     flags = ("--mask", picture("mask.png", "RGBA"), "--image", picture("b.webp"))
-    assert document(edit(run, *flags, "--downscale-max-dim", "9", image=picture("a.jpg"))) == {
+    assert dry.document(
+        dry.edit(run, *flags, "--downscale-max-dim", "9", image=picture("a.jpg"))
+    ) == {
         "endpoint": "/v1/images/edits",
         "image": ["a.jpg", "b.webp"],
         "mask": "mask.png",
@@ -96,17 +88,19 @@ def test_the_document_of_an_edit(run: Run) -> None:
 
 
 def test_a_batch_prints_a_document_for_each_job_with_its_number(run: Run) -> None:
-    result = batch(run, "a fox", "# no job", {"prompt": "a cat", "n": 2})
-    first, second = documents(result)
+    result = dry.batch(run, "a fox", "# no job", {"prompt": "a cat", "n": 2})
+    first, second = dry.documents(result)
     assert (first["job"], first["outputs"]) == (1, ["out/001-a-fox.png"])
     assert (second["job"], second["outputs"]) == (2, ["out/002-a-cat-1.png", "out/002-a-cat-2.png"])
     assert result.stdout.count("\n{\n") == 1
 
 
 def test_with_json_each_document_is_one_line(run: Run) -> None:
-    result = batch(run, "a fox", "a\u2028cat 🦊", flags=("--json",))
+    result = dry.batch(run, "a fox", "a\u2028cat 🦊", flags=("--json",))
     lines = result.stdout.removesuffix("\n").split("\n")
-    assert [json.loads(line) for line in lines] == documents(batch(run, "a fox", "a\u2028cat 🦊"))
+    assert [json.loads(line) for line in lines] == dry.documents(
+        dry.batch(run, "a fox", "a\u2028cat 🦊")
+    )
 
 
 @pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
@@ -120,7 +114,7 @@ def test_a_generation_is_sent_as_it_is_shown(
         flags += ["--moderation", "low", "--background", "opaque", "--model", "gpt-image-2.5-flare"]
         flags += ["--downscale-max-dim", "9"]
         flags += [] if output_format == "png" else ["--output-compression", "0"]
-    shown = document(run("generate", *flags, "--dry-run"))
+    shown = dry.document(run("generate", *flags, "--dry-run"))
     assert api.requests == []
     assert run("generate", *flags).exit_code == 0
     (request,) = api.requests
@@ -135,7 +129,7 @@ def test_an_edit_with_two_images_and_a_mask_is_sent_as_it_is_shown(
     images = ("--image", "photo.png", "--image", picture("b.webp"))
     mask = ("--mask", picture("mask.png", "RGBA"))
     flags = ("edit", *images, *mask, "--prompt", "a fox", "--n", "2", "--moderation", "low")
-    shown = document(run_process(*flags, "--dry-run"))
+    shown = dry.document(run_process(*flags, "--dry-run"))
     assert run_process(*flags).exit_code == 0
     (request,) = api.requests
     assert_sent(shown, request)
@@ -146,7 +140,7 @@ def test_an_edit_with_two_images_and_a_mask_is_sent_as_it_is_shown(
     assert_written(shown)
 
 
-def mixed_jobs() -> list[str | Document]:
+def mixed_jobs() -> list[str | Json]:
     """Twenty jobs of all kinds."""
     room, mask = picture("room.png"), picture("mask.png", "RGBA")
     old = {"model": "gpt-image-1.5", "size": "1024x1024", "background": "transparent"}
@@ -188,7 +182,7 @@ def test_a_batch_of_20_mixed_jobs_is_sent_as_it_is_shown(run_process: Run, api: 
         "oil",
     )
     argv = ("generate-batch", "--input", jobs, *flags)
-    shown = documents(run_process(*argv, "--dry-run"))
+    shown = dry.documents(run_process(*argv, "--dry-run"))
     assert len(shown) == 20
     assert not Path("out").exists()
 
@@ -221,7 +215,7 @@ def test_a_batch_of_20_mixed_jobs_is_sent_as_it_is_shown(run_process: Run, api: 
 def test_a_dry_run_needs_no_package_and_no_key_and_leaves_the_disk_alone(argv: list[str]) -> None:
     picture("room.png")
     job_file("a fox", {"prompt": "a cat", "image": "room.png"})
-    before = files()
+    before = dry.files()
     # Without site-packages; -X importtime names every module that is imported.
     bare = [sys.executable, "-I", "-S", "-X", "importtime", *command(tuple(argv))[1:], "--dry-run"]
     ended = subprocess.run(bare, capture_output=True, text=True, env={}, check=False)
@@ -229,37 +223,37 @@ def test_a_dry_run_needs_no_package_and_no_key_and_leaves_the_disk_alone(argv: l
     assert ended.returncode == 0
     assert '"endpoint"' in ended.stdout
     assert not {"openai", "PIL", "numpy", "asyncio", "socket", "ssl"} & imported
-    assert files() == before
+    assert dry.files() == before
 
 
 def test_a_dry_run_sends_nothing_even_with_a_key(run: Run, api: ImagesAPI) -> None:
-    documents(batch(run, "a fox", {"prompt": "a cat", "image": picture("room.png")}))
+    dry.documents(dry.batch(run, "a fox", {"prompt": "a cat", "image": picture("room.png")}))
     assert api.requests == []
 
 
 def test_a_dry_run_never_shows_the_key(run: Run, api: ImagesAPI) -> None:
-    result = generate(run)
+    result = dry.generate(run)
     assert os.environ["OPENAI_API_KEY"] not in result.stdout + result.stderr
     assert api.requests == []
 
 
 @pytest.mark.parametrize("flag", ["--force", "--quiet", "--max-attempts=1", "--timeout=1"])
 def test_what_concerns_the_run_alone_changes_nothing_that_is_shown(run: Run, flag: str) -> None:
-    assert generate(run, flag).stdout == generate(run).stdout
+    assert dry.generate(run, flag).stdout == dry.generate(run).stdout
 
 
 def test_nothing_is_shown_of_a_batch_of_which_one_job_is_refused(run: Run) -> None:
-    result = batch(run, "a fox", {"prompt": "a cat", "n": 11}, "a dog")
+    result = dry.batch(run, "a fox", {"prompt": "a cat", "n": 11}, "a dog")
     assert (result.exit_code, result.stdout) == (2, "")
 
 
 def test_warnings_go_to_stderr_and_quiet_keeps_them_back(run: Run) -> None:
-    assert len(warnings(generate(run, "--model", "gpt-image-9"))) == 1
-    assert generate(run, "--model", "gpt-image-9", "--quiet").stderr == ""
+    assert len(dry.warnings(dry.generate(run, "--model", "gpt-image-9"))) == 1
+    assert dry.generate(run, "--model", "gpt-image-9", "--quiet").stderr == ""
 
 
 def test_a_job_that_is_done_is_told_on_stderr_and_not_shown(run: Run) -> None:
     picture("out/001-a-fox.png")
-    result = batch(run, "a fox", flags=("--skip-existing",))
+    result = dry.batch(run, "a fox", flags=("--skip-existing",))
     assert (result.exit_code, result.stdout) == (0, "")
     assert "line 1: " in result.stderr

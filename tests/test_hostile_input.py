@@ -7,23 +7,12 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import dry
 import pytest
-from expectations import (
-    Document,
-    batch,
-    document,
-    documents,
-    files,
-    flag,
-    job_file,
-    messages,
-    picture,
-    problem,
-    problems,
-)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from image_gen import JOB_OPTIONS, PROMPT_FIELDS, whole_number
+from inputs import Json, flag, job_file, picture
 
 if TYPE_CHECKING:
     from conftest import Result, Run
@@ -48,7 +37,7 @@ BOM = b"\xef\xbb\xbf"
     ],
 )
 def test_odd_lines_that_work(run: Run, line: bytes, prompt: str) -> None:
-    assert document(batch(run, line, flags=("--no-augment",)))["prompt"] == prompt
+    assert dry.document(dry.batch(run, line, flags=("--no-augment",)))["prompt"] == prompt
 
 
 LONG = "x" * 10 * MILLION
@@ -102,7 +91,7 @@ LONG = "x" * 10 * MILLION
 def test_hostile_lines_are_refused_with_their_number_in_one_short_line(
     run: Run, line: bytes | str, says: str
 ) -> None:
-    said = problem(batch(run, "# one", "a fox", line))
+    said = dry.problem(dry.batch(run, "# one", "a fox", line))
     assert said.startswith("line 3: ")
     assert says in said
     assert said.isprintable()
@@ -121,7 +110,7 @@ def test_a_value_of_the_wrong_type_is_refused_for_every_key(
     wrong = [value for value in WRONG_TYPES if not (key == "fields" and isinstance(value, dict))]
     wrong += ["two", "", "2.5"] if key in NUMBER_KEYS else [0, 7, 10**30]
     jobs = job_file(*({"prompt": "a fox", key: value} for value in wrong))
-    told = problems(run("generate-batch", "--input", jobs, "--out-dir", "out"))
+    told = dry.problems(run("generate-batch", "--input", jobs, "--out-dir", "out"))
     for number, value in enumerate(wrong, start=1):
         about = [said for said in told if said.startswith(f"line {number}: ")]
         assert about, f"nothing on {value!r}"
@@ -133,16 +122,18 @@ def test_a_value_of_the_wrong_type_is_refused_for_every_key(
     "name", ["CON", "nul.png", "aux.jpg", "LPT1", "a:b", "a\\b", "x?.png", "é"]
 )
 def test_names_that_are_odd_elsewhere_work_or_are_refused_by_name(run: Run, name: str) -> None:
-    result = batch(run, {"prompt": "a fox", "out": name})
+    result = dry.batch(run, {"prompt": "a fox", "out": name})
     if result.exit_code:
-        assert problem(result).startswith("line 1: ")
+        assert dry.problem(result).startswith("line 1: ")
     else:
-        assert document(result)["outputs"][0].startswith(f"out/{name}")
+        assert dry.document(result)["outputs"][0].startswith(f"out/{name}")
 
 
 def test_names_of_300_bytes_are_refused(run: Run) -> None:
-    told = problems(
-        batch(run, *({"prompt": "a", "out": name} for name in ("x" * 300, "狐" * 100, "y" * 255)))
+    told = dry.problems(
+        dry.batch(
+            run, *({"prompt": "a", "out": name} for name in ("x" * 300, "狐" * 100, "y" * 255))
+        )
     )
     assert [said[:7] for said in told] == ["line 1:", "line 2:", "line 3:"]
     assert all("255 bytes" in said and len(said) < 300 for said in told)
@@ -154,26 +145,26 @@ def test_names_of_300_bytes_are_refused(run: Run) -> None:
 def test_names_that_differ_only_in_case_or_composition_are_one_file_on_some_disks(
     run: Run, one: str, other: str
 ) -> None:
-    said = problem(batch(run, *({"prompt": "a", "out": name} for name in (one, other))))
+    said = dry.problem(dry.batch(run, *({"prompt": "a", "out": name} for name in (one, other))))
     assert said.startswith("line 2: ")
     assert "line 1" in said
 
 
 def test_names_that_differ_in_a_letter_are_two_files(run: Run) -> None:
     jobs = ({"prompt": "a", "out": name} for name in ("straße", "strasse"))
-    assert len(documents(batch(run, *jobs))) == 2
+    assert len(dry.documents(dry.batch(run, *jobs))) == 2
 
 
 def test_many_unknown_keys_make_a_short_refusal(run: Run) -> None:
     job = {"prompt": "a fox"} | {f"key{number}": 1 for number in range(50_000)}
-    result = batch(run, job)
-    assert problems(result)
+    result = dry.batch(run, job)
+    assert dry.problems(result)
     assert len(result.stderr) < 20_000
 
 
 def test_a_key_that_is_given_twice_is_found_among_many(run: Run) -> None:
     keys = ",".join(f'"key{number}": 1' for number in range(50_000))
-    assert '"key49999" is given twice' in problem(batch(run, f'{{{keys}, "key49999": 2}}'))
+    assert '"key49999" is given twice' in dry.problem(dry.batch(run, f'{{{keys}, "key49999": 2}}'))
 
 
 # Any input at all.
@@ -217,9 +208,9 @@ def assert_documented(result: Result, before: dict[Path, bytes | None]) -> None:
     """The end is a documented one, and the disk is as it was."""
     assert result.exit_code in (0, 2)
     assert "Traceback" not in result.stderr
-    assert files() == before
+    assert dry.files() == before
     if result.exit_code == 2:
-        assert messages(result, "Error: ")
+        assert dry.messages(result, "Error: ")
         assert result.stdout == ""
 
 
@@ -232,12 +223,12 @@ def test_any_jobs_end_with_a_documented_exit_code_and_write_nothing(
 ) -> None:
     picture("room.png")
     jobs = job_file(*lines, end=end)
-    before = files()
+    before = dry.files()
     flags = ("--downscale-max-dim", "9") if copies else ()
     argv = ("generate-batch", "--input", jobs, "--out-dir", "out", "--dry-run", *flags)
     result = run(*argv)
     assert_documented(result, before)
-    shown: list[Document] = documents(result) if result.exit_code == 0 else []
+    shown: list[Json] = dry.documents(result) if result.exit_code == 0 else []
     numbers = [each["job"] for each in shown]
     assert numbers == list(range(1, len(numbers) + 1))
     names = [name for each in shown for name in each["outputs"]]
@@ -260,17 +251,17 @@ def test_any_command_line_ends_with_a_documented_exit_code_and_writes_nothing(
         "generate-batch": ["--input", "jobs.jsonl", "--out-dir", "out"],
     }
     flat = [word for item in words for word in ([item] if isinstance(item, str) else item)]
-    before = files()
+    before = dry.files()
     assert_documented(run(subcommand, *valid.get(subcommand, []), "--dry-run", *flat), before)
 
 
 @ANY_INPUT
 @given(fields=st.dictionaries(st.sampled_from(PROMPT_FIELDS), st.text(max_size=9)))
 def test_any_text_in_a_field_is_sent_as_it_is_or_refused(run: Run, fields: dict[str, Any]) -> None:
-    result = batch(run, {"prompt": "a fox", **fields})
+    result = dry.batch(run, {"prompt": "a fox", **fields})
     given = [value.strip() for value in fields.values() if value.strip()]
     if re.search("[\0\ud800-\udfff]", "".join(fields.values())):
-        assert problems(result)
+        assert dry.problems(result)
     else:
-        prompt = document(result)["prompt"]
+        prompt = dry.document(result)["prompt"]
         assert all(value in prompt for value in given)

@@ -6,9 +6,9 @@ import json
 import signal
 from typing import TYPE_CHECKING
 
+import live
 import pytest
 from images_api import rate_limited, server_error
-from live import batch, generate, images, names
 
 if TYPE_CHECKING:
     import subprocess
@@ -44,7 +44,7 @@ def test_the_first_signal_saves_what_is_in_flight_and_sends_nothing_more(
     start_process: Start, run: Run, api: ImagesAPI, number: signal.Signals
 ) -> None:
     api.hold()
-    argv = batch(6, "--concurrency", 2, "--downscale-max-dim", 32)
+    argv = live.batch(6, "--concurrency", 2, "--downscale-max-dim", 32)
     process = start_process(*argv)
     api.wait_for_requests(2)
     process.send_signal(number)
@@ -53,13 +53,13 @@ def test_the_first_signal_saves_what_is_in_flight_and_sends_nothing_more(
     code, out, err = ended(process)
     assert code == 130
     assert len(api.requests) == 2
-    assert sorted(out) == [f"Wrote out/{name}" for name in names()]
-    assert [name for name in names() if "-web" not in name] == images(1, 2)
+    assert sorted(out) == [f"Wrote out/{name}" for name in live.names()]
+    assert [name for name in live.names() if "-web" not in name] == live.images(1, 2)
     assert HINT in err[-1]
 
     assert run(*argv, "--skip-existing").exit_code == 0
     assert len(api.requests) == 6
-    assert len(names()) == 12
+    assert len(live.names()) == 12
 
 
 @either_signal
@@ -67,7 +67,7 @@ def test_the_second_signal_ends_at_once(
     start_process: Start, api: ImagesAPI, number: signal.Signals
 ) -> None:
     api.hold()
-    process = start_process(*batch(5, "--concurrency", 2, "--json"))
+    process = start_process(*live.batch(5, "--concurrency", 2, "--json"))
     api.wait_for_requests(2)
     process.send_signal(number)
     heard(process, "Interrupted")
@@ -75,7 +75,7 @@ def test_the_second_signal_ends_at_once(
     code, out, err = ended(process)  # the server still holds both requests
     assert code == 130
     assert len(api.requests) == 2
-    assert names() == []
+    assert live.names() == []
     assert HINT in err[-1]
     lines = {line["job"]: line for line in map(json.loads, out)}
     dropped, unsent = lines[1], lines[5]
@@ -88,14 +88,14 @@ def test_the_second_signal_ends_at_once(
 
 def test_a_single_command_saves_its_image(start_process: Start, api: ImagesAPI) -> None:
     api.hold()
-    process = start_process(*generate("--force"))
+    process = start_process(*live.generate("--force"))
     api.wait_for_requests(1)
     process.send_signal(signal.SIGINT)
     heard(process, "Interrupted")
     api.release()
     code, out, err = ended(process)
     assert (code, out) == (130, ["Wrote fox.png"])
-    assert names(".") == ["fox.png"]
+    assert live.names(".") == ["fox.png"]
     assert HINT in err[-1]
 
 
@@ -110,19 +110,19 @@ def test_nobody_waits_on_after_a_signal(
     start_process: Start, api: ImagesAPI, reply: Reply, said: str
 ) -> None:
     api.script(reply, repeat=True)
-    process = start_process(*batch(3, "--concurrency", 1))
+    process = start_process(*live.batch(3, "--concurrency", 1))
     heard(process, said)
     process.send_signal(signal.SIGINT)
     code, out, err = ended(process)
     assert (code, out) == (130, [])
     assert len(api.requests) == 1
-    assert names() == []
+    assert live.names() == []
     assert HINT in err[-1]
 
 
 def test_quiet_still_says_how_to_resume(start_process: Start, api: ImagesAPI) -> None:
     api.script(rate_limited(500))
-    process = start_process(*batch(2, "--quiet", "--concurrency", 1))
+    process = start_process(*live.batch(2, "--quiet", "--concurrency", 1))
     api.wait_for_answers(1)
     process.send_signal(signal.SIGINT)
     code, _, err = ended(process)

@@ -12,15 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
+import dry
 import image_gen
+import live
 import pytest
-from expectations import batch as dry_batch
-from expectations import document, documents, flag, messages, picture, problem, warnings
-from expectations import edit as dry_edit
-from expectations import generate as dry_run
 from image_gen import FORMATS, JOB_OPTIONS, PAYLOAD_KEYS, RANGES, probe
 from images_api import Answer, answer_cut, changed, image_bytes, redrawn, stream_cut, told
-from live import batch, encoded, error, generate, lines, names, outcomes, run_held, size_of
+from inputs import Job, encoded, flag, picture
 from openai.types import ImageEditParams, ImageGenerateParams, ImageModel
 from PIL import Image, ImageSequence
 from test_documents import table
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from conftest import Result, Run, Start
-    from expectations import Job
     from images_api import ImagesAPI, Reply
 
 Json = dict[str, Any]
@@ -172,19 +169,19 @@ def test_every_model_of_the_sdk_that_is_not_left_out_has_a_family() -> None:
 @pytest.mark.parametrize("model", [model for model in MODELS if ("model", model) not in LEFT_OUT])
 @pytest.mark.parametrize("quality", ["xhigh", "max"])
 def test_the_highest_qualities_are_those_of_2_5_and_2_6(run: Run, model: str, quality: str) -> None:
-    result = dry_run(run, "--model", model, "--quality", quality)
+    result = dry.generate(run, "--model", model, "--quality", quality)
     if model in NEW:
-        assert document(result)["quality"] == quality
-        assert warnings(result) == []
+        assert dry.document(result)["quality"] == quality
+        assert dry.warnings(result) == []
     else:
-        said = problem(result)
+        said = dry.problem(result)
         assert said.startswith(f'quality "{quality}"')
         assert "low, medium, high, auto" in said
 
 
 @pytest.mark.parametrize("model", OLD[:2])
 def test_native_transparency_comes_first_where_gpt_image_2_refuses_it(run: Run, model: str) -> None:
-    said = problem(dry_run(run, "--model", model, "--background", "transparent"))
+    said = dry.problem(dry.generate(run, "--model", model, "--background", "transparent"))
     assert said.startswith(f"background transparent is not supported by {model}; use a --model")
     in_order = ["gpt-image-2.6-sunburst", FLARE, "gpt-image-1.5", "remove_chroma_key.py"]
     assert sorted(in_order, key=said.index) == in_order
@@ -244,17 +241,17 @@ def test_what_the_api_would_refuse_is_refused_before_it_is_sent(
     picture("wide.png", "RGBA", (65, 64))
     Path("a.txt").write_text("text")
     command = "edit" if "image" in job else "generate"
-    by_flag = problem(run(command, *words({"prompt": "a fox"} | job), "--dry-run"))
+    by_flag = dry.problem(run(command, *words({"prompt": "a fox"} | job), "--dry-run"))
     assert by_flag.startswith(said)
     keys = {key: value for key, value in job.items() if key in JOB_OPTIONS}
     flags = words({key: value for key, value in job.items() if key not in keys})
-    by_key = problem(dry_batch(run, {"prompt": "a fox"} | keys, flags=tuple(flags)))
+    by_key = dry.problem(dry.batch(run, {"prompt": "a fox"} | keys, flags=tuple(flags)))
     assert by_key == f"line 1: {by_flag}"
 
 
 def test_markup_of_a_generation_is_refused(run: Run) -> None:
     job = {"prompt": "a fox", "model": FLARE, "markup": "notes.png"}
-    assert problem(dry_batch(run, job)).startswith("line 1: markup is for edits")
+    assert dry.problem(dry.batch(run, job)).startswith("line 1: markup is for edits")
 
 
 def test_markup_is_drawn_over_a_photograph_as_it_is_seen(run: Run) -> None:
@@ -263,11 +260,13 @@ def test_markup_is_drawn_over_a_photograph_as_it_is_seen(run: Run) -> None:
     Image.new("RGB", (64, 32)).save("photo.jpg", exif=exif)
     flags = ("--model", FLARE, "--markup")
     upright = picture("upright.png", "RGBA", (32, 64))
-    result = dry_edit(run, *flags, upright, image="photo.jpg")
-    assert document(result)["markup"] == upright
-    assert warnings(result) == []
+    result = dry.edit(run, *flags, upright, image="photo.jpg")
+    assert dry.document(result)["markup"] == upright
+    assert dry.warnings(result) == []
     stored = picture("stored.png", "RGBA", (64, 32))
-    assert problem(dry_edit(run, *flags, stored, image="photo.jpg")).startswith("markup stored.png")
+    assert dry.problem(dry.edit(run, *flags, stored, image="photo.jpg")).startswith(
+        "markup stored.png"
+    )
 
 
 # ------------------------------------------------------------- the older families behave as before
@@ -291,9 +290,9 @@ def test_the_document_of_an_older_model_has_no_new_key(run: Run, model: str | No
     files: Json = {"outputs": ["output/imagegen/output.png"], "outputs_downscaled": None}
     generated = {**plain_body(model), **files, "endpoint": "/v1/images/generations"}
     edited = {**generated, "endpoint": "/v1/images/edits", "image": ["room.png"]}
-    assert document(dry_run(run, *chosen)) == generated
-    assert document(dry_edit(run, *chosen)) == edited
-    line = document(dry_batch(run, {"prompt": "a fox", "out": "a"}, flags=chosen))
+    assert dry.document(dry.generate(run, *chosen)) == generated
+    assert dry.document(dry.edit(run, *chosen)) == edited
+    line = dry.document(dry.batch(run, {"prompt": "a fox", "out": "a"}, flags=chosen))
     assert line == {**generated, "outputs": ["out/a.png"], "job": 1}
 
 
@@ -302,7 +301,7 @@ def test_a_request_of_an_older_model_has_no_new_key(run: Run, api: ImagesAPI) ->
     jobs: list[Job] = [
         {"prompt": "a fox", "model": model, **image} for model in served for image in ({}, ROOM)
     ]
-    assert outcomes(run(*batch(jobs, "--json"))) == ["done"] * len(jobs)
+    assert live.outcomes(run(*live.batch(jobs, "--json"))) == ["done"] * len(jobs)
     sent = [(request.path, request.body["model"], request.body) for request in api.requests]
     paths = ("/v1/images/edits", "/v1/images/generations")
     expected = [(path, model, plain_body(model)) for path in paths for model in served]
@@ -325,11 +324,11 @@ EVERYTHING = {
 def test_the_new_keys_are_sent_as_they_are_shown(run: Run, api: ImagesAPI) -> None:
     calls = {model: EVERYTHING | {"prompt": "a fox", "model": model} for model in NEW}
     for call in calls.values():
-        shown = document(run("generate", *words(call), "--no-augment", "--dry-run"))
+        shown = dry.document(run("generate", *words(call), "--no-augment", "--dry-run"))
         assert shown == {**shown, **call}
         calls[call["model"]] = {key: shown[key] for key in shown if key in PAYLOAD_KEYS}
     jobs: list[Job] = [EVERYTHING | {"prompt": "a fox", "model": model} for model in NEW]
-    result = run(*batch(jobs, "--no-augment", "--json"))
+    result = run(*live.batch(jobs, "--no-augment", "--json"))
     assert {request.body["model"]: request.body for request in api.requests} == calls
     for record in result.json_lines:
         assert (record["quality"], record["outputs"][0]["alpha"]) == ("xhigh", True)
@@ -346,7 +345,7 @@ def test_the_new_keys_go_through_the_batch_api_too(run: Run) -> None:
         "frame_duration_ms": 50,
         "complexity": "low",
     }
-    shown = document(dry_batch(run, call, flags=("--batch-api", "--no-augment")))
+    shown = dry.document(dry.batch(run, call, flags=("--batch-api", "--no-augment")))
     assert shown["body"] == {**shown["body"], **call}
 
 
@@ -366,7 +365,7 @@ def test_markup_is_a_file_part_of_its_own(run: Run, api: ImagesAPI) -> None:
 
 
 def test_a_job_with_markup_is_an_edit(run: Run, api: ImagesAPI) -> None:
-    assert outcomes(run(*batch([{"prompt": "a fox", **NOTES}], "--json"))) == ["done"]
+    assert live.outcomes(run(*live.batch([{"prompt": "a fox", **NOTES}], "--json"))) == ["done"]
     (request,) = api.requests
     assert request.path == "/v1/images/edits"
     assert [file.field for file in request.files] == ["image", "markup"]
@@ -394,7 +393,7 @@ def test_a_gif_is_saved_as_it_came_and_its_copy_keeps_frames_and_timing(
     sent: list[bytes] = []
     api.script(recorded(sent))
     flags = ("--model", FLARE, "--frame-count", 5, "--frame-duration-ms", 124, *DOWNSCALED)
-    result = run_process(*generate(*flags, "--json", out="fox.gif"))
+    result = run_process(*live.generate(*flags, "--json", out="fox.gif"))
     assert result.exit_code == 0, result.stderr
     assert Path("fox.gif").read_bytes() == sent[0]
     assert animation("fox.gif") == ((64, 64), [120] * 5)
@@ -413,7 +412,7 @@ def test_a_gif_is_saved_as_it_came_and_its_copy_keeps_frames_and_timing(
 def test_variants_of_a_gif_are_counted_and_the_frames_are_the_api_s_choice(
     run: Run, api: ImagesAPI
 ) -> None:
-    assert run(*generate("--model", FLARE, "--n", 2, out="fox.gif")).exit_code == 0
+    assert run(*live.generate("--model", FLARE, "--n", 2, out="fox.gif")).exit_code == 0
     assert [animation(f"fox-{number}.gif") for number in (1, 2)] == [((64, 64), [200] * 9)] * 2
     assert "frame_count" not in api.requests[0].body
 
@@ -452,7 +451,9 @@ def test_any_gif_keeps_frames_timing_and_look_in_its_copy(
     run: Run, api: ImagesAPI, content: bytes, loop: int | None
 ) -> None:
     api.script(image_bytes(lambda _: content))
-    assert run(*generate("--model", FLARE, "--downscale-max-dim", 16, out="a.gif")).exit_code == 0
+    assert (
+        run(*live.generate("--model", FLARE, "--downscale-max-dim", 16, out="a.gif")).exit_code == 0
+    )
     assert Path("a.gif").read_bytes() == content
     assert animation("a.gif") == ((64, 64), TIMES)
     assert animation("a-web.gif") == ((16, 16), TIMES)
@@ -473,7 +474,7 @@ def test_an_svg_is_saved_as_it_came(run_process: Run, api: ImagesAPI) -> None:
     sent: list[bytes] = []
     api.script(recorded(sent))
     flags = ("--model", FLARE, "--complexity", "low", "--json")
-    result = run_process(*generate(*flags, prompt="a <fox> & co", out="fox.svg"))
+    result = run_process(*live.generate(*flags, prompt="a <fox> & co", out="fox.svg"))
     assert result.exit_code == 0, result.stderr
     assert Path("fox.svg").read_bytes() == sent[0]
     assert sent[0].startswith(b"<svg")
@@ -532,11 +533,11 @@ def test_what_is_no_gif_or_svg_by_its_bytes_is_not_saved(
     run: Run, api: ImagesAPI, name: str, change: Callable[[bytes], bytes]
 ) -> None:
     api.script(image_bytes(change))
-    failed = run(*generate("--model", FLARE, "--json", out=f"made/a.{name}"))
-    assert error(failed).startswith("an image of the answer")
+    failed = run(*live.generate("--model", FLARE, "--json", out=f"made/a.{name}"))
+    assert live.error(failed).startswith("an image of the answer")
     assert failed.json["error"]["kind"] == "bad_answer"
-    assert names("made") == [f"a.{name}.damaged"]
-    assert f"are kept as made/a.{name}.damaged" in error(failed)
+    assert live.names("made") == [f"a.{name}.damaged"]
+    assert f"are kept as made/a.{name}.damaged" in live.error(failed)
     assert len(api.requests) == 1
 
 
@@ -544,17 +545,17 @@ def test_another_format_than_gif_is_saved_as_it_came_with_a_warning(
     run: Run, api: ImagesAPI
 ) -> None:
     api.script(redrawn("png"))
-    result = run(*generate("--model", FLARE, out="a.gif"))
+    result = run(*live.generate("--model", FLARE, out="a.gif"))
     assert result.exit_code == 0
-    assert lines(result, "Warning: ") == ["a.gif: asked for gif, got png"]
+    assert live.lines(result, "Warning: ") == ["a.gif: asked for gif, got png"]
 
 
 def test_a_batch_of_all_formats_has_copies_and_a_contact_sheet(run: Run, api: ImagesAPI) -> None:
     jobs: list[Job] = [{"prompt": "a", "model": FLARE, "out": f"a.{name}"} for name in FORMATS]
-    result = run(*batch(jobs, "--contact-sheet", "sheet.png", "--json"))
-    assert outcomes(result) == ["done"] * len(FORMATS)
-    assert names() == sorted(f"a.{name}" for name in FORMATS)
-    assert size_of("sheet.png")[0] > 256
+    result = run(*live.batch(jobs, "--contact-sheet", "sheet.png", "--json"))
+    assert live.outcomes(result) == ["done"] * len(FORMATS)
+    assert live.names() == sorted(f"a.{name}" for name in FORMATS)
+    assert live.size_of("sheet.png")[0] > 256
     made = [line["outputs"][0]["format"] for line in result.json_lines]
     assert sorted(made) == sorted(FORMATS)
     assert len(api.requests) == len(FORMATS)
@@ -562,7 +563,7 @@ def test_a_batch_of_all_formats_has_copies_and_a_contact_sheet(run: Run, api: Im
 
 @pytest.mark.parametrize("name", ["gif", "svg"])
 def test_a_run_resumes_with_what_is_missing_or_cut(run: Run, api: ImagesAPI, name: str) -> None:
-    call = generate("--model", FLARE, "--skip-existing", out=f"a.{name}")
+    call = live.generate("--model", FLARE, "--skip-existing", out=f"a.{name}")
     for requests in (1, 1):
         assert run(*call).exit_code == 0
         assert len(api.requests) == requests
@@ -582,7 +583,7 @@ def drafts(*numbers: int, stem: str = "fox", suffix: str = ".png") -> list[str]:
 
 def made() -> list[str]:
     """What a run has left in the current directory."""
-    return [name for name in names(".") if name not in ("room.png", "notes.png", "jobs.jsonl")]
+    return [name for name in live.names(".") if name not in ("room.png", "notes.png", "jobs.jsonl")]
 
 
 def events(change: Callable[[list[bytes]], Iterable[bytes]]) -> Reply:
@@ -615,11 +616,11 @@ def test_a_draft_is_on_disk_while_the_request_is_open_and_goes_when_the_image_is
 ) -> None:
     gate = threading.Event()
     api.script(held_after(1, gate))
-    process = start_process(*generate("--partial-images", 2))
+    process = start_process(*live.generate("--partial-images", 2))
     assert process.stderr is not None
     assert process.stderr.readline() == "draft 1: fox.partial-1.png\n"
     assert (made(), process.poll(), gate.is_set()) == (drafts(1), None, False)
-    assert size_of("fox.partial-1.png") == (64, 64)
+    assert live.size_of("fox.partial-1.png") == (64, 64)
     gate.set()
     stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (0, "Wrote fox.png\n"), stderr
@@ -643,7 +644,7 @@ def test_drafts_are_kept_on_demand(
     expected = drafts(*range(1, count + 1), suffix=suffix)
     assert result.json["partials"] == expected
     assert made() == sorted([out, f"fox-web{suffix}", *expected])
-    assert {size_of(name) for name in (out, *expected)} == {(64, 64)}
+    assert {live.size_of(name) for name in (out, *expected)} == {(64, 64)}
     assert len({Path(name).read_bytes() for name in (out, *expected)}) == count + 1
     (request,) = api.requests
     assert (request.body["stream"], request.body["partial_images"]) == (True, count)
@@ -651,8 +652,8 @@ def test_drafts_are_kept_on_demand(
 
 def test_the_record_of_a_stream_is_that_of_any_answer(run: Run, api: ImagesAPI) -> None:
     flags = ("--safety-identifier", "4b1d", "--quality", "high", "--json")
-    plain = run(*generate(*flags, out="a.png")).json
-    streamed = run(*generate(*flags, "--partial-images", 1, out="b.png")).json
+    plain = run(*live.generate(*flags, out="a.png")).json
+    streamed = run(*live.generate(*flags, "--partial-images", 1, out="b.png")).json
     own = {"outputs", "seconds", "request_id", "usage"}
     assert {key: streamed[key] for key in streamed if key not in own} == {
         key: plain[key] for key in plain if key not in own
@@ -666,7 +667,7 @@ def test_the_record_of_a_stream_is_that_of_any_answer(run: Run, api: ImagesAPI) 
 
 def broken(result: Result, kind: str, partials: list[str]) -> Json:
     """The error of a job whose stream broke after these drafts; they are kept and named."""
-    said = error(result)
+    said = live.error(result)
     assert all(name in said for name in partials)
     record = result.json
     assert (record["status"], record["outputs"], record["attempts"]) == ("failed", [], 1)
@@ -695,23 +696,23 @@ def test_a_stream_that_breaks_after_a_draft_keeps_it_and_is_not_sent_again(
     run: Run, api: ImagesAPI, cut: Reply, count: int
 ) -> None:
     api.script(cut)
-    failure = broken(run(*generate(*DRAFTED)), "connection", drafts(*range(1, count + 1)))
+    failure = broken(run(*live.generate(*DRAFTED)), "connection", drafts(*range(1, count + 1)))
     assert failure["retryable"] is True
     assert len(api.requests) == 1
-    again = run(*generate(*DRAFTED, "--skip-existing"))
+    again = run(*live.generate(*DRAFTED, "--skip-existing"))
     assert (again.exit_code, made()) == (0, ["fox.png"])
 
 
 def test_a_stream_that_breaks_before_any_draft_is_sent_again(run: Run, api: ImagesAPI) -> None:
     api.script(stream_cut(0), answer_cut(0))
-    assert run(*generate(*DRAFTED)).json["attempts"] == 3
+    assert run(*live.generate(*DRAFTED)).json["attempts"] == 3
     assert len(api.requests) == 3
     assert made() == ["fox.png"]
 
 
 def test_a_stream_that_stalls_after_a_draft_keeps_it(run: Run, api: ImagesAPI) -> None:
     api.script(changed(lambda answer: replace(answer, pause=60)))
-    broken(run(*generate(*DRAFTED, "--timeout", "0.3")), "timeout", drafts(1))
+    broken(run(*live.generate(*DRAFTED, "--timeout", "0.3")), "timeout", drafts(1))
     assert len(api.requests) == 1
 
 
@@ -744,7 +745,7 @@ def test_an_error_event_after_a_draft_fails_the_job_and_keeps_the_draft(
 ) -> None:
     api.script(events(lambda chunks: [chunks[0], event(said), *chunks[1:]]))
     kind, code = judged
-    failure = broken(run(*generate(*DRAFTED)), kind, drafts(1))
+    failure = broken(run(*live.generate(*DRAFTED)), kind, drafts(1))
     assert (failure["code"], failure["retryable"]) == (code, retryable)
     assert said.get("error", said)["message"] in failure["message"]
     assert "HTTP" not in failure["message"]
@@ -756,7 +757,7 @@ def test_an_error_event_before_any_draft_is_judged_as_an_answer_is(
     run: Run, api: ImagesAPI, said: Json, judged: tuple[str, str | None], *, retryable: bool
 ) -> None:
     api.script(events(lambda _: [event(said)]))
-    record = run(*generate(*DRAFTED)).json
+    record = run(*live.generate(*DRAFTED)).json
     if retryable:
         assert (record["error"], made(), len(api.requests)) == (None, ["fox.png"], 2)
     else:
@@ -794,7 +795,7 @@ def test_drafts_that_are_damaged_do_not_cost_the_image(
     run: Run, api: ImagesAPI, damaged: Callable[[bytes], list[bytes]]
 ) -> None:
     api.script(events(lambda chunks: [*damaged(chunks[0]), *chunks[1:]]))
-    result = run(*generate(*DRAFTED))
+    result = run(*live.generate(*DRAFTED))
     assert "Traceback" not in result.stderr
     assert result.exit_code == 0, result.stderr
     assert result.json["partials"] == []
@@ -804,7 +805,7 @@ def test_drafts_that_are_damaged_do_not_cost_the_image(
 
 def test_drafts_are_numbered_as_they_are_saved(run: Run, api: ImagesAPI) -> None:
     api.script(events(lambda chunks: [event(chunks[0], b64_json="%%%"), *chunks]))
-    result = run(*generate(*DRAFTED, "--keep-partials"))
+    result = run(*live.generate(*DRAFTED, "--keep-partials"))
     assert result.json["partials"] == drafts(1, 2)
     notes = [line for line in result.stderr.splitlines() if line.startswith("draft ")]
     assert notes == ["draft 1: fox.partial-1.png", "draft 2: fox.partial-2.png"]
@@ -824,8 +825,8 @@ def test_an_end_that_is_damaged_fails_the_job_and_keeps_the_drafts(
     run: Run, api: ImagesAPI, end: Callable[[bytes], bytes]
 ) -> None:
     api.script(events(lambda chunks: [*chunks[:-1], end(chunks[-1])]))
-    result = run(*generate(*DRAFTED))
-    assert error(result)
+    result = run(*live.generate(*DRAFTED))
+    assert live.error(result)
     record = result.json
     assert (record["status"], record["attempts"], record["partials"]) == (
         "failed",
@@ -845,7 +846,7 @@ def test_an_answer_that_is_no_stream_is_taken_as_the_image_it_is(run: Run, api: 
         return told({"created": 1, "data": [{"b64_json": encoded_image}]})
 
     api.script(changed(plain))
-    assert run(*generate(*DRAFTED)).json["attempts"] == 1
+    assert run(*live.generate(*DRAFTED)).json["attempts"] == 1
     assert made() == ["fox.png"]
     assert len(api.requests) == 1
 
@@ -858,8 +859,8 @@ def test_drafts_of_a_batch_are_asked_for_job_by_job(run: Run, api: ImagesAPI) ->
         {"prompt": "edited", "partial_images": 1, "out": "c.jpg", "image": "room.png"},
         {"prompt": "plain", "out": "d.png"},
     ]
-    result = run(*batch(jobs, "--keep-partials", "--json"))
-    assert outcomes(result) == ["failed", "done", "done", "done"]
+    result = run(*live.batch(jobs, "--keep-partials", "--json"))
+    assert live.outcomes(result) == ["failed", "done", "done", "done"]
     partials = [
         line["partials"] for line in sorted(result.json_lines, key=lambda line: line["job"])
     ]
@@ -873,26 +874,26 @@ def test_drafts_of_a_batch_are_asked_for_job_by_job(run: Run, api: ImagesAPI) ->
         )
     ]
     written = [line["outputs"][0]["path"] for line in result.json_lines if line["outputs"]]
-    assert sorted(itertools.chain(written, *partials)) == [f"out/{name}" for name in names()]
-    (said,) = lines(result)
+    assert sorted(itertools.chain(written, *partials)) == [f"out/{name}" for name in live.names()]
+    (said,) = live.lines(result)
     assert said.startswith("line 1: ")
     assert "out/a.partial-1.png" in said
     assert len(api.requests) == len(jobs)
 
 
 def test_the_flag_is_for_all_jobs_and_a_job_has_its_own(run: Run) -> None:
-    result = dry_batch(run, "a", {"prompt": "b", "partial_images": 3}, flags=DRAFTED[:2])
-    shown = [(one["partial_images"], one["stream"]) for one in documents(result)]
+    result = dry.batch(run, "a", {"prompt": "b", "partial_images": 3}, flags=DRAFTED[:2])
+    shown = [(one["partial_images"], one["stream"]) for one in dry.documents(result)]
     assert shown == [(2, True), (3, True)]
 
 
 def test_to_keep_drafts_that_nobody_asked_for_is_told_once(run: Run) -> None:
     jobs: list[Job] = [{"prompt": "a"}, {"prompt": "b"}]
     said = ["--keep-partials means nothing without --partial-images"]
-    assert warnings(dry_run(run, "--keep-partials")) == said
-    assert len(warnings(dry_batch(run, *jobs, flags=("--keep-partials",)))) == 1
+    assert dry.warnings(dry.generate(run, "--keep-partials")) == said
+    assert len(dry.warnings(dry.batch(run, *jobs, flags=("--keep-partials",)))) == 1
     drafted: Job = {"prompt": "c", "partial_images": 1}
-    assert warnings(dry_batch(run, *jobs, drafted, flags=("--keep-partials",))) == []
+    assert dry.warnings(dry.batch(run, *jobs, drafted, flags=("--keep-partials",))) == []
 
 
 def test_a_draft_that_would_replace_a_file_is_refused_without_force(
@@ -900,18 +901,18 @@ def test_a_draft_that_would_replace_a_file_is_refused_without_force(
 ) -> None:
     mine = Path(drafts(2)[0])
     mine.write_text("mine")
-    refused = run(*generate(*DRAFTED))
+    refused = run(*live.generate(*DRAFTED))
     assert (refused.exit_code, refused.stdout, api.requests) == (2, "", [])
-    (said,) = messages(refused, "Error: ")
+    (said,) = dry.messages(refused, "Error: ")
     assert said.startswith(f"{mine} exists")
     assert mine.read_text() == "mine"
-    assert run(*generate(*DRAFTED, "--force")).exit_code == 0
+    assert run(*live.generate(*DRAFTED, "--force")).exit_code == 0
     assert made() == ["fox.png"]
 
 
 def test_a_file_that_appears_under_the_name_of_a_draft_is_kept(run: Run, api: ImagesAPI) -> None:
     mine = Path(drafts(1)[0])
-    result = run_held(run, api, generate(*DRAFTED), act=lambda: mine.write_text("mine"))
+    result = live.run_held(run, api, live.generate(*DRAFTED), act=lambda: mine.write_text("mine"))
     assert result.exit_code == 0
     assert mine.read_text() == "mine"
     assert made() == sorted(["fox.png", mine.name])
@@ -919,5 +920,5 @@ def test_a_file_that_appears_under_the_name_of_a_draft_is_kept(run: Run, api: Im
 
 def test_two_jobs_cannot_make_one_draft(run: Run) -> None:
     drafted = {"prompt": "a", "partial_images": 1, "out": "a.png"}
-    said = problem(dry_batch(run, drafted, {"prompt": "b", "out": "a.partial-1"}))
+    said = dry.problem(dry.batch(run, drafted, {"prompt": "b", "out": "a.partial-1"}))
     assert "out/a.partial-1.png would be written twice" in said

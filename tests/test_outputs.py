@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import dry
 import pytest
-from expectations import batch, document, documents, edit, files, generate, picture, problem
 from image_gen import slugify
+from inputs import picture
 
 if TYPE_CHECKING:
     from conftest import Run
@@ -57,13 +58,15 @@ def test_the_names_of_single_images(
 ) -> None:
     Path("there").mkdir()
     picture("room.png")
-    shown = document(generate(run, *flags) if command == "generate" else edit(run, *flags))
+    shown = dry.document(
+        dry.generate(run, *flags) if command == "generate" else dry.edit(run, *flags)
+    )
     assert [str(Path(name)) for name in shown["outputs"]] == [str(Path(name)) for name in outputs]
     assert shown["outputs_downscaled"] is None
 
 
 def test_a_tilde_is_the_home_directory(run: Run) -> None:
-    shown = document(
+    shown = dry.document(
         run("generate", "--prompt", "x", "--out", "~/fox.png", "--dry-run", env={"HOME": "/h"})
     )
     assert shown["outputs"] == ["/h/fox.png"]
@@ -76,8 +79,8 @@ def test_a_tilde_is_the_home_directory(run: Run) -> None:
 def test_the_suffix_of_a_name_decides_the_format_where_none_is_given(
     run: Run, name: str, sent: str
 ) -> None:
-    assert document(generate(run, "--out", name))["output_format"] == sent
-    assert document(batch(run, {"prompt": "a fox", "out": name}))["output_format"] == sent
+    assert dry.document(dry.generate(run, "--out", name))["output_format"] == sent
+    assert dry.document(dry.batch(run, {"prompt": "a fox", "out": name}))["output_format"] == sent
 
 
 @pytest.mark.parametrize(
@@ -86,7 +89,7 @@ def test_the_suffix_of_a_name_decides_the_format_where_none_is_given(
 def test_a_suffix_and_a_format_that_mean_the_same_agree(
     run: Run, name: str, output_format: str
 ) -> None:
-    shown = document(generate(run, "--out", name, "--output-format", output_format))
+    shown = dry.document(dry.generate(run, "--out", name, "--output-format", output_format))
     assert shown["outputs"] == [name]
 
 
@@ -101,7 +104,7 @@ def test_a_suffix_and_a_format_that_mean_the_same_agree(
 def test_a_suffix_and_a_format_that_disagree_are_refused_with_both_remedies(
     run: Run, job: dict[str, Any], flags: tuple[str, ...], remedies: tuple[str, str]
 ) -> None:
-    said = problem(batch(run, {"prompt": "a fox", **job}, flags=flags))
+    said = dry.problem(dry.batch(run, {"prompt": "a fox", **job}, flags=flags))
     assert said.startswith("line 1: ")
     assert all(remedy in said for remedy in remedies)
 
@@ -119,7 +122,7 @@ def test_a_suffix_and_a_format_that_disagree_are_refused_with_both_remedies(
     ],
 )
 def test_the_names_of_downscaled_copies(run: Run, flags: list[str], copies: list[str]) -> None:
-    shown = document(generate(run, "--out", "x.png", "--downscale-max-dim", "512", *flags))
+    shown = dry.document(dry.generate(run, "--out", "x.png", "--downscale-max-dim", "512", *flags))
     assert shown["outputs_downscaled"] == copies
 
 
@@ -137,7 +140,7 @@ def test_the_names_of_downscaled_copies(run: Run, flags: list[str], copies: list
 def test_a_copy_that_cannot_be_named_or_made_is_refused(
     run: Run, flags: list[str], says: str
 ) -> None:
-    assert says in problem(generate(run, "--downscale-max-dim", "512", *flags))
+    assert says in dry.problem(dry.generate(run, "--downscale-max-dim", "512", *flags))
 
 
 @pytest.mark.parametrize(
@@ -179,18 +182,18 @@ def test_the_slug_of_a_prompt(prompt: str, slug: str) -> None:
     ],
 )
 def test_the_names_of_a_job(run: Run, job: dict[str, Any], outputs: list[str]) -> None:
-    shown = document(batch(run, {"prompt": "A red fox", **job}))
+    shown = dry.document(dry.batch(run, {"prompt": "A red fox", **job}))
     assert shown["outputs"] == [f"out/{name}" for name in outputs]
 
 
 @pytest.mark.parametrize("name", ["", " ", ".", "..", "/", "./", "a/..", "//", "sub/."])
 def test_a_job_name_that_names_no_file_is_refused(run: Run, name: str) -> None:
-    said = problem(batch(run, {"prompt": "a fox", "out": name}))
+    said = dry.problem(dry.batch(run, {"prompt": "a fox", "out": name}))
     assert said.startswith('line 1: "out" ')
 
 
 def test_job_numbers_have_three_digits_or_more(run: Run) -> None:
-    shown = documents(batch(run, *["a fox"] * 100))
+    shown = dry.documents(dry.batch(run, *["a fox"] * 100))
     assert shown[8]["outputs"] == ["out/009-a-fox.png"]
     assert shown[99]["outputs"] == ["out/100-a-fox.png"]
 
@@ -207,14 +210,14 @@ def test_skip_existing_asks_for_the_missing_variants_under_their_names(
 ) -> None:
     for name in there:
         picture(name)
-    shown = document(generate(run, "--out", "x.png", "--n", "3", "--skip-existing"))
+    shown = dry.document(dry.generate(run, "--out", "x.png", "--n", "3", "--skip-existing"))
     assert (shown["outputs"], shown["n"]) == (asked, n)
 
 
 def test_skip_existing_sends_nothing_for_a_job_that_is_done(run: Run) -> None:
     picture("out/done.png")
-    shown = document(
-        batch(run, {"prompt": "a", "out": "done"}, "a fox", flags=("--skip-existing",))
+    shown = dry.document(
+        dry.batch(run, {"prompt": "a", "out": "done"}, "a fox", flags=("--skip-existing",))
     )
     assert shown["job"] == 2
 
@@ -223,13 +226,13 @@ def test_skip_existing_asks_again_for_a_file_that_is_no_whole_image(run: Run) ->
     whole = Path(picture("x-1.png")).read_bytes()
     Path("x-1.png").write_bytes(whole[:-4])
     Path("x-2.png").write_text("no image")
-    shown = document(generate(run, "--out", "x.png", "--n", "2", "--skip-existing"))
+    shown = dry.document(dry.generate(run, "--out", "x.png", "--n", "2", "--skip-existing"))
     assert shown["outputs"] == ["x-1.png", "x-2.png"]
 
 
 def test_the_plan_of_outputs_creates_nothing(run: Run) -> None:
     picture("room.png")
-    before = files()
-    generate(run, "--out", "new/deep/", "--n", "3", "--downscale-max-dim", "9")
-    edit(run, "--out-dir", "other")
-    assert files() == before
+    before = dry.files()
+    dry.generate(run, "--out", "new/deep/", "--n", "3", "--downscale-max-dim", "9")
+    dry.edit(run, "--out-dir", "other")
+    assert dry.files() == before

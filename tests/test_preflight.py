@@ -9,26 +9,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import dry
 import image_gen
 import pytest
 from conftest import Result, command
-from expectations import (
-    Job,
-    batch,
-    document,
-    documents,
-    edit,
-    files,
-    flag,
-    generate,
-    job_file,
-    messages,
-    picture,
-    problem,
-    problems,
-    warnings,
-)
 from image_gen import MAX_IMAGE_BYTES, MAX_IMAGES, MAX_MASK_BYTES, MAX_NAME_BYTES
+from inputs import Job, flag, job_file, picture
 from PIL import Image
 
 if TYPE_CHECKING:
@@ -78,16 +64,16 @@ def ordinary_user() -> Iterator[None]:
     ],
 )
 def test_a_model_that_is_no_gpt_image_model_is_refused(run: Run, model: str) -> None:
-    said = problem(generate(run, "--model", model))
+    said = dry.problem(dry.generate(run, "--model", model))
     assert said.startswith("model ")
     assert "gpt-image-" in said
-    assert problem(batch(run, {"prompt": "a fox", "model": model})) == f"line 1: {said}"
+    assert dry.problem(dry.batch(run, {"prompt": "a fox", "model": model})) == f"line 1: {said}"
 
 
 @pytest.mark.parametrize("model", ["gpt-image-9", "gpt-image-20", "gpt-image-3-mini"])
 def test_an_unknown_model_gets_the_newest_rules_and_a_warning(run: Run, model: str) -> None:
     flags = ("--size", "2048x1152", "--quality", "xhigh", "--background", "transparent")
-    (said,) = warnings(generate(run, "--model", model, *flags))
+    (said,) = dry.warnings(dry.generate(run, "--model", model, *flags))
     assert model in said
     assert "the API decides" in said
 
@@ -111,7 +97,7 @@ FIXED = ["gpt-image-1", MINI, "gpt-image-1.5", "gpt-image-1.5-2025-12-16"]
     ],
 )
 def test_free_sizes_are_accepted_to_the_last_pixel(run: Run, model: str, size: str) -> None:
-    assert document(generate(run, "--model", model, "--size", size))["size"] == size
+    assert dry.document(dry.generate(run, "--model", model, "--size", size))["size"] == size
 
 
 @pytest.mark.parametrize("model", FREE)
@@ -130,7 +116,7 @@ def test_free_sizes_are_accepted_to_the_last_pixel(run: Run, model: str, size: s
 def test_free_sizes_beyond_a_limit_are_refused_with_the_limit(
     run: Run, model: str, size: str, says: str
 ) -> None:
-    said = problem(generate(run, "--model", model, "--size", size))
+    said = dry.problem(dry.generate(run, "--model", model, "--size", size))
     assert said.startswith(f"size {size}")
     assert says in said
 
@@ -144,7 +130,7 @@ def test_free_sizes_beyond_a_limit_are_refused_with_the_limit(
 )
 @pytest.mark.parametrize("model", [TWO, "gpt-image-1.5"])
 def test_what_is_no_size_is_refused(run: Run, model: str, size: str) -> None:
-    said = problem(generate(run, "--model", model, f"--size={size}"))
+    said = dry.problem(dry.generate(run, "--model", model, f"--size={size}"))
     assert said.startswith('size "')
     assert len(said) < 200
 
@@ -152,14 +138,14 @@ def test_what_is_no_size_is_refused(run: Run, model: str, size: str) -> None:
 @pytest.mark.parametrize("model", FIXED)
 def test_older_models_have_a_list_of_sizes(run: Run, model: str) -> None:
     for size in ("auto", "1024x1024", "1536x1024", "1024x1536"):
-        assert document(generate(run, "--model", model, "--size", size))["size"] == size
-    said = problem(generate(run, "--model", model, "--size", "2048x2048"))
+        assert dry.document(dry.generate(run, "--model", model, "--size", size))["size"] == size
+    said = dry.problem(dry.generate(run, "--model", model, "--size", "2048x2048"))
     assert "1024x1024, 1536x1024, 1024x1536, auto" in said
 
 
 @pytest.mark.parametrize(("size", "count"), [("2560x1440", 0), ("2576x1440", 1), ("3840x2160", 1)])
 def test_sizes_above_2560x1440_are_called_experimental(run: Run, size: str, count: int) -> None:
-    said = warnings(generate(run, "--size", size))
+    said = dry.warnings(dry.generate(run, "--size", size))
     assert len(said) == count
     assert all("experimental" in each for each in said)
 
@@ -173,11 +159,11 @@ def test_sizes_above_2560x1440_are_called_experimental(run: Run, size: str, coun
 )
 def test_qualities_follow_the_family(run: Run, model: str, accepted: list[str]) -> None:
     for quality in ("low", "medium", "high", "xhigh", "max", "auto", "", "hd", "standard"):
-        result = generate(run, "--model", model, "--quality", quality)
+        result = dry.generate(run, "--model", model, "--quality", quality)
         if quality in accepted:
-            assert document(result)["quality"] == quality
+            assert dry.document(result)["quality"] == quality
         else:
-            said = problem(result)
+            said = dry.problem(result)
             assert said.startswith(f'quality "{quality}"')
             assert ", ".join(accepted) in said
 
@@ -186,13 +172,13 @@ def test_qualities_follow_the_family(run: Run, model: str, accepted: list[str]) 
 def test_a_transparent_background_needs_a_format_with_alpha(run: Run, model: str) -> None:
     flags = ("--model", model, "--background", "transparent", "--output-format")
     for output_format in ("png", "webp"):
-        assert document(generate(run, *flags, output_format))["background"] == "transparent"
-    assert "png or webp, not jpeg" in problem(generate(run, *flags, "jpeg"))
+        assert dry.document(dry.generate(run, *flags, output_format))["background"] == "transparent"
+    assert "png or webp, not jpeg" in dry.problem(dry.generate(run, *flags, "jpeg"))
 
 
 @pytest.mark.parametrize("model", FREE[:2])
 def test_gpt_image_2_has_no_transparent_background(run: Run, model: str) -> None:
-    said = problem(generate(run, "--model", model, "--background", "transparent"))
+    said = dry.problem(dry.generate(run, "--model", model, "--background", "transparent"))
     assert "gpt-image-2.5" in said
     assert "remove_chroma_key.py" in said
 
@@ -215,12 +201,12 @@ def test_gpt_image_2_has_no_transparent_background(run: Run, model: str) -> None
 def test_input_fidelity_follows_the_family(
     run: Run, model: str, fidelity: str, outcome: str
 ) -> None:
-    result = edit(run, "--model", model, "--input-fidelity", fidelity)
+    result = dry.edit(run, "--model", model, "--input-fidelity", fidelity)
     if outcome == "refused":
-        assert "input_fidelity" in problem(result)
+        assert "input_fidelity" in dry.problem(result)
     else:
-        warned = any("input_fidelity" in said for said in warnings(result))
-        assert document(result)["input_fidelity"] == fidelity
+        warned = any("input_fidelity" in said for said in dry.warnings(result))
+        assert dry.document(result)["input_fidelity"] == fidelity
         assert warned == (outcome == "sent with a warning")
 
 
@@ -228,7 +214,7 @@ def test_input_fidelity_follows_the_family(
 @pytest.mark.usefixtures("room")
 def test_what_belongs_to_an_edit_needs_an_image(run: Run, key: str) -> None:
     job = {"prompt": "a fox", "model": "gpt-image-1.5", key: "high"}
-    assert f"line 1: {key} is for edits" in problem(batch(run, job))
+    assert f"line 1: {key} is for edits" in dry.problem(dry.batch(run, job))
 
 
 @pytest.mark.parametrize(
@@ -249,7 +235,7 @@ def test_a_model_that_ends_is_used_with_a_warning_that_names_its_successor(
         for family in image_gen.MODEL_FAMILIES
     ]
     monkeypatch.setattr(image_gen, "MODEL_FAMILIES", families)
-    said = warnings(generate(run, "--model", "gpt-image-1.5"))
+    said = dry.warnings(dry.generate(run, "--model", "gpt-image-1.5"))
     assert bool(said) == bool(says)
     for each in said:
         assert f"gpt-image-1.5 {says} {day}" in each
@@ -275,10 +261,10 @@ def test_the_end_of_the_first_models_is_known() -> None:
 )
 def test_words_are_of_their_list(run: Run, key: str, wrong: list[str], accepted: str) -> None:
     for value in wrong:
-        said = problem(batch(run, {"prompt": "a fox", key: value}))
+        said = dry.problem(dry.batch(run, {"prompt": "a fox", key: value}))
         assert said.startswith(f'line 1: {key} "{value}"')
         assert accepted in said
-        assert f"line 1: {problem(generate(run, flag(key), value))}" == said
+        assert f"line 1: {dry.problem(dry.generate(run, flag(key), value))}" == said
 
 
 @pytest.mark.parametrize(
@@ -295,9 +281,9 @@ def test_compression_is_a_percentage_for_formats_that_lose(
 ) -> None:
     job = {"prompt": "a", "output_format": output_format, "output_compression": compression}
     if accepted:
-        assert document(batch(run, job))["output_compression"] == compression
+        assert dry.document(dry.batch(run, job))["output_compression"] == compression
     else:
-        assert problem(batch(run, job)).startswith("line 1: output_compression")
+        assert dry.problem(dry.batch(run, job)).startswith("line 1: output_compression")
 
 
 @pytest.mark.parametrize(
@@ -315,8 +301,8 @@ def test_compression_is_a_percentage_for_formats_that_lose(
 def test_what_is_checked_is_what_would_be_sent(
     run: Run, flags: tuple[str, ...], job: dict[str, Any]
 ) -> None:
-    documents(batch(run, {"prompt": "a fox", **job}, flags=flags))
-    assert problem(batch(run, "a fox", flags=flags)).startswith("line 1: ")
+    dry.documents(dry.batch(run, {"prompt": "a fox", **job}, flags=flags))
+    assert dry.problem(dry.batch(run, "a fox", flags=flags)).startswith("line 1: ")
 
 
 # Input images.
@@ -341,49 +327,49 @@ def test_an_input_that_is_no_image_is_refused(
 ) -> None:
     if content is not None:
         Path(name).write_bytes(content)
-    said = problem(edit(run, "--image", name, image=room))
+    said = dry.problem(dry.edit(run, "--image", name, image=room))
     assert said.startswith(f"image {name} ")
     assert says in said
-    by_job = problem(batch(run, {"prompt": "a fox", "image": [room, name]}))
+    by_job = dry.problem(dry.batch(run, {"prompt": "a fox", "image": [room, name]}))
     assert by_job == f"line 1: {said}"
 
 
 @pytest.mark.parametrize("name", ["photo", "photo.txt", "photo.png", "photo.JPG"])
 def test_an_input_is_judged_by_its_bytes_whatever_its_name(run: Run, name: str) -> None:
     Image.new("RGB", (64, 64)).save(name, "JPEG")
-    assert document(edit(run, image=name))["image"] == [name]
+    assert dry.document(dry.edit(run, image=name))["image"] == [name]
 
 
 @pytest.mark.parametrize("trailer", [b"\n", b"SEFT" * 50, b"\0\0\0\x18ftypmp42" * 9])
 @pytest.mark.parametrize("name", ["photo.jpg", "photo.png", "photo.webp"])
 def test_a_picture_with_a_trailer_is_a_picture(run: Run, name: str, trailer: bytes) -> None:
     Path(picture(name)).write_bytes(Path(name).read_bytes() + trailer)
-    assert document(edit(run, image=name))["image"] == [name]
+    assert dry.document(dry.edit(run, image=name))["image"] == [name]
 
 
 @pytest.mark.usefixtures("ordinary_user")
 def test_an_input_that_may_not_be_read_is_refused(run: Run) -> None:
-    assert "Permission denied" in problem(edit(run, image="secret.png"))
+    assert "Permission denied" in dry.problem(dry.edit(run, image="secret.png"))
 
 
 def test_a_pipe_is_no_input_image(run: Run) -> None:
     os.mkfifo("pipe.png")
-    assert "image pipe.png is no regular file" in problem(edit(run, image="pipe.png"))
+    assert "image pipe.png is no regular file" in dry.problem(dry.edit(run, image="pipe.png"))
 
 
 def test_up_to_16_images_are_accepted(run: Run, room: str) -> None:
     rest = ["--image", room] * (MAX_IMAGES - 1)
-    assert len(document(edit(run, *rest))["image"]) == MAX_IMAGES == 16
-    assert "17 input images; at most 16" in problem(edit(run, *rest, "--image", room))
+    assert len(dry.document(dry.edit(run, *rest))["image"]) == MAX_IMAGES == 16
+    assert "17 input images; at most 16" in dry.problem(dry.edit(run, *rest, "--image", room))
 
 
 @pytest.mark.parametrize("role", ["image", "mask"])
 def test_a_file_over_50_mb_is_refused(run: Run, room: str, role: str) -> None:
     large = picture("large.png", "RGBA")
     os.truncate(large, 49_000_000)
-    documents(edit(run, f"--{role}", large, image=room))
+    dry.documents(dry.edit(run, f"--{role}", large, image=room))
     os.truncate(large, MAX_IMAGE_BYTES + 1)
-    said = problem(edit(run, f"--{role}", large, image=room))
+    said = dry.problem(dry.edit(run, f"--{role}", large, image=room))
     assert said.startswith(f"{role} large.png has 52,428,801 bytes")
 
 
@@ -400,7 +386,7 @@ def test_a_file_over_50_mb_is_refused(run: Run, room: str, role: str) -> None:
 def test_a_mask_without_alpha_or_of_another_size_is_refused(
     run: Run, name: str, mode: str, size: tuple[int, int], says: str
 ) -> None:
-    said = problem(edit(run, "--mask", picture(name, mode, size)))
+    said = dry.problem(dry.edit(run, "--mask", picture(name, mode, size)))
     assert said.startswith(f"mask {name} ")
     assert says in said
 
@@ -409,22 +395,22 @@ def test_a_mask_without_alpha_or_of_another_size_is_refused(
 @pytest.mark.usefixtures("room")
 def test_a_mask_that_is_no_image_is_refused(run: Run, name: str) -> None:
     Path("jobs.txt").write_text("text")
-    assert problem(edit(run, "--mask", name)).startswith(f"mask {name} ")
+    assert dry.problem(dry.edit(run, "--mask", name)).startswith(f"mask {name} ")
 
 
 @pytest.mark.usefixtures("room")
 def test_a_mask_belongs_to_the_first_image(run: Run) -> None:
     mask, other = picture("mask.png", "RGBA"), picture("other.png", size=(32, 32))
-    assert document(edit(run, "--image", other, "--mask", mask))["mask"] == mask
-    assert "the first image 32x32" in problem(
-        edit(run, "--image", "room.png", "--mask", mask, image=other)
+    assert dry.document(dry.edit(run, "--image", other, "--mask", mask))["mask"] == mask
+    assert "the first image 32x32" in dry.problem(
+        dry.edit(run, "--image", "room.png", "--mask", mask, image=other)
     )
 
 
 @pytest.mark.parametrize("name", ["upright.png", "upright.jpg"])
 def test_a_mask_that_lies_across_its_image_is_refused(run: Run, name: str) -> None:
     mask = picture("mask.png", "RGBA", (64, 32))
-    said = problem(edit(run, "--mask", mask, image=picture(name, size=(32, 64))))
+    said = dry.problem(dry.edit(run, "--mask", mask, image=picture(name, size=(32, 64))))
     assert "64x32, the first image 32x64" in said
 
 
@@ -433,7 +419,7 @@ def test_a_mask_may_be_drawn_over_a_photograph_as_it_is_seen(run: Run) -> None:
     exif[0x0112] = 6  # turn by 90 degrees to see it upright
     Image.new("RGB", (64, 32)).save("photo.jpg", exif=exif)
     mask = picture("mask.png", "RGBA", (32, 64))
-    assert document(edit(run, "--mask", mask, image="photo.jpg"))["mask"] == mask
+    assert dry.document(dry.edit(run, "--mask", mask, image="photo.jpg"))["mask"] == mask
 
 
 @pytest.mark.parametrize(
@@ -449,7 +435,7 @@ def test_a_mask_that_the_api_may_not_take_is_sent_with_a_warning(
 ) -> None:
     mask = Path(picture(name, "RGBA"))
     mask.write_bytes(mask.read_bytes() + b"\0" * bytes_behind)
-    assert any(says in said for said in warnings(edit(run, "--mask", name)))
+    assert any(says in said for said in dry.warnings(dry.edit(run, "--mask", name)))
 
 
 # Outputs.
@@ -475,20 +461,20 @@ def test_an_output_that_exists_is_refused_without_force(run: Run, flags: tuple[s
     picture("room-web-2.png")
     picture("other-web.png")
     os.symlink("nowhere", "dangling.png")
-    said = problem(generate(run, *flags))
+    said = dry.problem(dry.generate(run, *flags))
     assert " exists; " in said
     assert "--force" in said
-    documents(generate(run, *flags, "--force"))
+    dry.documents(dry.generate(run, *flags, "--force"))
 
 
 def test_a_batch_of_which_one_output_exists_sends_nothing(run_process: Run, api: ImagesAPI) -> None:
     picture("out/there.png")
     jobs = job_file("a fox", {"prompt": "a cat", "out": "there"}, "a dog")
-    before = files()
+    before = dry.files()
     result = run_process("generate-batch", "--input", jobs, "--out-dir", "out")
-    assert problem(result).startswith("line 2: out/there.png exists")
+    assert dry.problem(result).startswith("line 2: out/there.png exists")
     assert api.requests == []
-    assert files() == before
+    assert dry.files() == before
 
 
 @pytest.mark.parametrize(
@@ -508,7 +494,7 @@ def test_two_jobs_cannot_make_one_file(
     run: Run, jobs: list[dict[str, Any]], twice: str, force: tuple[str, ...]
 ) -> None:
     made: list[Job] = [{"prompt": "a fox", **job} for job in jobs]
-    told = problems(batch(run, *made, flags=("--downscale-max-dim", "9", *force)))
+    told = dry.problems(dry.batch(run, *made, flags=("--downscale-max-dim", "9", *force)))
     (said,) = [each for each in told if f"out/{twice} would be written twice" in each]
     assert "line 1" in said
     assert "line 2" in said
@@ -518,7 +504,7 @@ def test_two_names_of_one_folder_do_not_hide_a_collision(run: Run) -> None:
     Path("real").mkdir()
     os.symlink("real", "link")
     picture("real/room.png")
-    said = problem(edit(run, "--out", "link/room.png", "--force", image="real/room.png"))
+    said = dry.problem(dry.edit(run, "--out", "link/room.png", "--force", image="real/room.png"))
     assert "link/room.png is an input" in said
 
 
@@ -536,13 +522,13 @@ def test_two_names_of_one_folder_do_not_hide_a_collision(run: Run) -> None:
 def test_an_edit_never_writes_over_its_inputs_even_with_force(run: Run, flags: list[str]) -> None:
     inputs = ["--image", picture("second.png"), "--image", picture("small-web.png")]
     masked = [*inputs, "--mask", picture("mask.png", "RGBA")]
-    assert "is an input image" in problem(edit(run, *masked, *flags, "--force"))
+    assert "is an input image" in dry.problem(dry.edit(run, *masked, *flags, "--force"))
 
 
 def test_a_job_does_not_write_over_the_input_of_another(run: Run) -> None:
     picture("out/room.png")
     jobs = ({"prompt": "a", "image": "out/room.png"}, {"prompt": "b", "out": "room"})
-    said = problem(batch(run, *jobs, flags=("--force",)))
+    said = dry.problem(dry.batch(run, *jobs, flags=("--force",)))
     assert said.startswith("line 2: out/room.png is an input image")
 
 
@@ -556,13 +542,13 @@ def test_a_job_does_not_write_over_the_input_of_another(run: Run) -> None:
     ],
 )
 def test_a_folder_that_is_a_file_is_refused(run: Run, room: str, flags: list[str]) -> None:
-    assert f"{room} is a file" in problem(generate(run, *flags))
+    assert f"{room} is a file" in dry.problem(dry.generate(run, *flags))
 
 
 def test_a_folder_in_the_place_of_a_file_is_refused(run: Run) -> None:
     Path("out/there.png").mkdir(parents=True)
     job = {"prompt": "a fox", "out": "there"}
-    assert "out/there.png is a folder" in problem(batch(run, job, flags=("--force",)))
+    assert "out/there.png is a folder" in dry.problem(dry.batch(run, job, flags=("--force",)))
 
 
 @pytest.mark.parametrize(
@@ -572,7 +558,7 @@ def test_a_folder_in_the_place_of_a_file_is_refused(run: Run) -> None:
 )
 @pytest.mark.usefixtures("ordinary_user")
 def test_a_folder_that_is_not_writable_is_refused(run: Run, flags: list[str]) -> None:
-    assert "folder closed is not writable" in problem(generate(run, *flags))
+    assert "folder closed is not writable" in dry.problem(dry.generate(run, *flags))
 
 
 @pytest.mark.parametrize(
@@ -586,11 +572,11 @@ def test_a_folder_that_is_not_writable_is_refused(run: Run, flags: list[str]) ->
     ],
 )
 def test_a_name_that_no_disk_takes_is_refused(run: Run, name: str, *, fits: bool) -> None:
-    result = generate(run, "--out", name)
+    result = dry.generate(run, "--out", name)
     if fits:
-        assert document(result)["outputs"] == [name]
+        assert dry.document(result)["outputs"] == [name]
     else:
-        assert "bytes" in problem(result)
+        assert "bytes" in dry.problem(result)
 
 
 # What only a live run needs.
@@ -614,7 +600,7 @@ def test_a_name_that_no_disk_takes_is_refused(run: Run, name: str, *, fits: bool
     ],
 )
 def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(run: Run, key: str, says: str) -> None:
-    said = problem(run("generate", "--prompt", "x", env={"OPENAI_API_KEY": key}))
+    said = dry.problem(run("generate", "--prompt", "x", env={"OPENAI_API_KEY": key}))
     assert says in said
     assert "s3cret" not in said
 
@@ -624,18 +610,18 @@ def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(run: Run, key: str, 
 )
 def test_a_base_url_that_nobody_can_ask_is_refused(run: Run, url: str) -> None:
     env = {"OPENAI_API_KEY": "placeholder-key", "OPENAI_BASE_URL": url}
-    said = problem(run("generate", "--prompt", "x", env=env))
+    said = dry.problem(run("generate", "--prompt", "x", env=env))
     assert f'OPENAI_BASE_URL "{url}" has to begin with https:// and a host' in said
 
 
 @pytest.mark.parametrize("name", ["OPENAI_ORG_ID", "OPENAI_PROJECT_ID"])
 def test_an_organisation_that_no_header_can_carry_is_refused(run: Run, name: str) -> None:
     env = {"OPENAI_API_KEY": "placeholder-key", name: "örg"}
-    assert name in problem(run("generate", "--prompt", "x", env=env))
+    assert name in dry.problem(run("generate", "--prompt", "x", env=env))
 
 
 def test_a_dry_run_needs_no_key(run: Run) -> None:
-    document(generate(run))
+    dry.document(dry.generate(run))
 
 
 def without_packages(*argv: str, **environment: str) -> Result:
@@ -652,7 +638,7 @@ def without_packages(*argv: str, **environment: str) -> Result:
 def test_a_missing_package_is_named_with_the_command_that_installs_it(
     flags: list[str], packages: list[str]
 ) -> None:
-    told = problems(without_packages("generate", "--prompt", "x", *flags))
+    told = dry.problems(without_packages("generate", "--prompt", "x", *flags))
     assert len(told) == len(packages)
     for said, package in zip(told, packages, strict=True):
         assert f"the package {package} is missing" in said
@@ -661,9 +647,9 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
 
 def test_key_packages_and_requests_are_told_together(run: Run) -> None:
     told = without_packages("generate", "--prompt", " ", "--n", "11", OPENAI_API_KEY="")
-    assert len(messages(told, "Error: ")) == 4
-    assert len(problems(run("generate", "--prompt", " ", "--n", "11"))) == 3
+    assert len(dry.messages(told, "Error: ")) == 4
+    assert len(dry.problems(run("generate", "--prompt", " ", "--n", "11"))) == 3
 
 
 def test_a_refusal_says_nothing_of_warnings_that_no_longer_matter(run: Run) -> None:
-    assert messages(generate(run, "--model", "gpt-image-9", "--n", "0"), "Warning: ") == []
+    assert dry.messages(dry.generate(run, "--model", "gpt-image-9", "--n", "0"), "Warning: ") == []

@@ -7,9 +7,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import image_gen
+import live
 import pytest
 from images_api import RateLimit, rate_limited, server_error
-from live import batch, error, generate, images, lines, names, outcomes, run_held, statuses
 
 if TYPE_CHECKING:
     from conftest import Result, Run
@@ -23,15 +23,15 @@ def pauses(result: Result) -> list[str]:
 @pytest.mark.parametrize("code", ["rate_limit_exceeded", "slow_down", "something_new"])
 def test_waiting_uses_up_no_attempt(run: Run, api: ImagesAPI, code: str) -> None:
     api.script(*[rate_limited(0.02, code=code)] * 4)
-    result = run(*generate("--json", "--max-attempts", 1))
+    result = run(*live.generate("--json", "--max-attempts", 1))
     assert result.exit_code == 0
-    assert statuses(api) == [429] * 4 + [200]
+    assert live.statuses(api) == [429] * 4 + [200]
     assert result.json["attempts"] == 1
 
 
 def test_attempts_are_counted_on_beside_the_waiting(run: Run, api: ImagesAPI) -> None:
     api.script(rate_limited(0.02), server_error(headers={"retry-after": "0"}), rate_limited(0.02))
-    result = run(*generate("--json", "--max-attempts", 2))
+    result = run(*live.generate("--json", "--max-attempts", 2))
     assert result.exit_code == 0
     assert result.json["attempts"] == 2
 
@@ -39,7 +39,7 @@ def test_attempts_are_counted_on_beside_the_waiting(run: Run, api: ImagesAPI) ->
 @pytest.mark.parametrize("form", ["retry-after", "retry-after-ms", "reset"])
 def test_the_time_of_the_server_is_waited_for(run: Run, api: ImagesAPI, form: HeaderForm) -> None:
     api.script(rate_limited(0.3, form=form))
-    result = run(*generate())
+    result = run(*live.generate())
     first, second = api.requests
     assert second.started - (first.ended or 0) >= 0.29
     assert len(pauses(result)) == 1
@@ -51,25 +51,25 @@ def test_without_a_time_of_the_server_back_off_is_waited_for(
 ) -> None:
     monkeypatch.setattr("random.uniform", lambda _low, _high: 0.2)
     api.script(rate_limited(None))
-    assert run(*generate()).exit_code == 0
+    assert run(*live.generate()).exit_code == 0
     first, second = api.requests
     assert second.started - (first.ended or 0) >= 0.19
 
 
 def test_a_pause_holds_all_jobs_and_is_told_once(run: Run, api: ImagesAPI) -> None:
     api.script(*[rate_limited(0.3)] * 4)
-    result = run_held(run, api, batch(8, "--concurrency", 4), until=4)
+    result = live.run_held(run, api, live.batch(8, "--concurrency", 4), until=4)
     assert result.exit_code == 0
     assert len(pauses(result)) == 1
-    assert names() == images(*range(1, 9))
+    assert live.names() == live.images(*range(1, 9))
     refused = [r.ended or 0 for r in api.requests if r.status == 429]
     assert all(r.started >= max(refused) + 0.25 for r in api.requests[4:])
 
 
 def test_a_job_gives_up_after_max_wait_and_says_so(run: Run, api: ImagesAPI) -> None:
     api.script(rate_limited(0.15), repeat=True)
-    result = run(*generate("--json", "--max-wait", 0.5))
-    assert "--max-wait" in error(result)
+    result = run(*live.generate("--json", "--max-wait", 0.5))
+    assert "--max-wait" in live.error(result)
     assert 2 <= len(api.requests) <= 5
     failure = result.json["error"]
     assert (failure["kind"], failure["retryable"]) == ("rate_limit", True)
@@ -78,14 +78,14 @@ def test_a_job_gives_up_after_max_wait_and_says_so(run: Run, api: ImagesAPI) -> 
 
 def test_a_wait_that_is_too_long_is_not_begun(run: Run, api: ImagesAPI) -> None:
     api.script_for("job 1", rate_limited(3600))
-    result = run(*batch(1, "--max-wait", 5))
-    assert "--max-wait" in error(result)
+    result = run(*live.batch(1, "--max-wait", 5))
+    assert "--max-wait" in live.error(result)
     assert len(api.requests) == 1
 
 
 def test_a_job_does_not_wait_longer_for_the_refusal_of_another(run: Run, api: ImagesAPI) -> None:
     api.script(rate_limited(2))
-    result = run(*batch(3, "--json", "--concurrency", 1, "--max-wait", 0.5))
+    result = run(*live.batch(3, "--json", "--concurrency", 1, "--max-wait", 0.5))
     assert result.exit_code == 1
     assert len(api.requests) == 1
     assert {line["error"]["kind"] for line in result.json_lines} == {"rate_limit"}
@@ -104,25 +104,25 @@ def test_a_limit_that_counts_refusals_is_met_with_few_of_them(
 ) -> None:
     api.limit = at = limit(admitted=5, window=0.3, headers=form)
     api.latency = 0.05
-    result = run(*batch(30, "--json", "--concurrency", 10))
+    result = run(*live.batch(30, "--json", "--concurrency", 10))
     assert result.exit_code == 0
-    assert outcomes(result) == ["done"] * 30
-    assert len(names()) == len(at.admitted_times) == 30
+    assert live.outcomes(result) == ["done"] * 30
+    assert len(live.names()) == len(at.admitted_times) == 30
     assert at.refused < 15
     assert 1 <= len(pauses(result)) <= at.refused
     assert {line["attempts"] for line in result.json_lines} == {1}
 
 
 def test_without_a_limit_no_request_waits_for_another(run: Run, api: ImagesAPI) -> None:
-    result = run_held(run, api, batch(8, "--concurrency", 4), until=4)
+    result = live.run_held(run, api, live.batch(8, "--concurrency", 4), until=4)
     assert result.exit_code == 0
     assert api.peak_in_flight == 4
-    assert pauses(result) == lines(result) == []
+    assert pauses(result) == live.lines(result) == []
 
 
 def test_quiet_says_nothing_of_pauses(run: Run, api: ImagesAPI) -> None:
     api.script(rate_limited(0.02))
-    result = run(*generate("--quiet"))
+    result = run(*live.generate("--quiet"))
     assert (result.exit_code, result.stderr) == (0, "")
 
 

@@ -11,10 +11,10 @@ import subprocess
 from typing import TYPE_CHECKING, Any
 
 import image_gen
+import live
 import pytest
 from conftest import command
 from images_api import KEY, document, html, moderation_blocked, rate_limited, status, unauthorized
-from live import batch, error, generate, images, lines, names, outcomes
 
 if TYPE_CHECKING:
     from conftest import Run, Start
@@ -32,7 +32,7 @@ KEYS = {
 def one_of_each(run: Run, api: ImagesAPI) -> dict[str, dict[str, Any]]:
     """The lines of a job that is done, one that fails and one that is not sent, by status."""
     api.script_for("job 2", unauthorized())
-    result = run(*batch(3, "--json", "--concurrency", 1, "--downscale-max-dim", 32))
+    result = run(*live.batch(3, "--json", "--concurrency", 1, "--downscale-max-dim", 32))
     assert result.exit_code == 1
     return {line["status"]: line for line in result.json_lines}
 
@@ -80,14 +80,14 @@ def test_a_job_that_failed_or_was_not_sent_records_why(
 
 def test_alpha_is_recorded(run: Run, api: ImagesAPI) -> None:
     flags = ("--background", "transparent", "--model", "gpt-image-2.5-flare", "--json")
-    (image,) = run(*generate(*flags)).json["outputs"]
+    (image,) = run(*live.generate(*flags)).json["outputs"]
     assert image["alpha"] is True
     assert len(api.requests) == 1
 
 
 def test_a_line_is_written_as_soon_as_its_job_ends(start_process: Start, api: ImagesAPI) -> None:
     api.hold()
-    process = start_process(*batch(2, "--json", "--concurrency", 2))
+    process = start_process(*live.batch(2, "--json", "--concurrency", 2))
     api.wait_for_requests(2)
     api.release(1)
     assert process.stdout
@@ -99,23 +99,23 @@ def test_a_line_is_written_as_soon_as_its_job_ends(start_process: Start, api: Im
 
 def test_a_prompt_of_any_characters_stays_one_line(run: Run, api: ImagesAPI) -> None:
     prompt = 'a "fox"\nby\u2028night 🦊\x85'
-    (line,) = run(*generate("--json", "--no-augment", prompt=prompt)).json_lines
+    (line,) = run(*live.generate("--json", "--no-augment", prompt=prompt)).json_lines
     assert line["prompt"] == api.requests[0].prompt == prompt.strip()
 
 
 def test_stdout_has_nothing_but_results(run: Run, api: ImagesAPI) -> None:
     api.script_for("job 2", moderation_blocked())
-    result = run(*batch(3, "--downscale-max-dim", 32))
-    assert sorted(result.stdout.splitlines()) == [f"Wrote out/{name}" for name in names()]
+    result = run(*live.batch(3, "--downscale-max-dim", 32))
+    assert sorted(result.stdout.splitlines()) == [f"Wrote out/{name}" for name in live.names()]
 
 
 def test_progress_counts_the_jobs_and_a_summary_ends_it(run: Run, api: ImagesAPI) -> None:
     api.script_for("job 2", moderation_blocked())
-    result = run(*batch(3, "--json", "--concurrency", 1))
+    result = run(*live.batch(3, "--json", "--concurrency", 1))
     said = result.stderr.splitlines()
     # The refusal needs no saving, so it may overtake the first image.
     assert any(re.fullmatch(r"\[[12]/3\] .*\d s out/001-job-1\.png", line) for line in said[:2])
-    assert error(result).startswith("line 2: ")
+    assert live.error(result).startswith("line 2: ")
     assert re.fullmatch(r"\[3/3\] .*\d s out/003-job-3\.png", said[2])
     tokens = sum((line["usage"] or {}).get("total_tokens", 0) for line in result.json_lines)
     summary = f"3 jobs: 2 done, 1 failed, 0 skipped; 2 images, {tokens:,} tokens, "
@@ -124,14 +124,14 @@ def test_progress_counts_the_jobs_and_a_summary_ends_it(run: Run, api: ImagesAPI
 
 def test_quiet_leaves_errors_only(run: Run, api: ImagesAPI) -> None:
     api.script_for("job 2", moderation_blocked())
-    result = run(*batch(3, "--quiet"))
+    result = run(*live.batch(3, "--quiet"))
     assert len(result.stdout.splitlines()) == 2
     assert [line[:7] for line in result.stderr.splitlines()] == ["Error: "]
 
 
 def test_without_a_terminal_there_are_no_control_characters(run: Run, api: ImagesAPI) -> None:
     api.script(rate_limited(0.05), status(400, "bad\r\x1b[2J\x07news"), repeat=False)
-    result = run(*batch(4, "--json"))
+    result = run(*live.batch(4, "--json"))
     assert re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", result.stderr + result.stdout) is None
 
 
@@ -156,18 +156,18 @@ def test_a_terminal_gets_a_status_line_that_is_kept_up_to_date(api: ImagesAPI) -
     api.script_for("job 1", moderation_blocked())
     api.script_for("job 2", rate_limited(0.8))
     api.hold()
-    argv = batch(3, "--concurrency", 2)
+    argv = live.batch(3, "--concurrency", 2)
     shown, code = on_a_terminal(argv, api, until="2 in flight")
     assert code == 1
     for part in (r"\d/3 done", "in flight", "1 failed", r"rate limit: \d", "left"):
         assert re.search(part, shown), shown
     lines_ = [line.rsplit("\r\x1b[K", 1)[-1] for line in shown.split("\n")]
     assert any(line.startswith("3 jobs: 2 done, 1 failed") for line in lines_)
-    assert len(names()) == 2
+    assert len(live.names()) == 2
 
 
 def test_quiet_has_no_status_line_on_a_terminal(api: ImagesAPI) -> None:
-    shown, code = on_a_terminal(batch(2, "--quiet"), api, until="$^")
+    shown, code = on_a_terminal(live.batch(2, "--quiet"), api, until="$^")
     assert (shown, code) == ("", 0)
 
 
@@ -175,7 +175,7 @@ def test_quiet_has_no_status_line_on_a_terminal(api: ImagesAPI) -> None:
 def test_a_reader_of_stdout_that_goes_loses_no_image(
     start_process: Start, api: ImagesAPI, flags: tuple[str, ...]
 ) -> None:
-    process = start_process(*batch(5, "--concurrency", 2, *flags))
+    process = start_process(*live.batch(5, "--concurrency", 2, *flags))
     assert process.stdout
     process.stdout.close()
     assert process.stderr
@@ -183,18 +183,18 @@ def test_a_reader_of_stdout_that_goes_loses_no_image(
     assert process.wait(timeout=20) == 0
     assert "Traceback" not in said
     assert "BrokenPipe" not in said
-    assert names() == images(1, 2, 3, 4, 5)
+    assert live.names() == live.images(1, 2, 3, 4, 5)
     assert len(api.requests) == 5
 
 
 def test_a_reader_of_stderr_that_goes_loses_no_image(start_process: Start, api: ImagesAPI) -> None:
-    process = start_process(*batch(5, "--concurrency", 2))
+    process = start_process(*live.batch(5, "--concurrency", 2))
     assert process.stderr
     process.stderr.close()
     assert process.stdout
     assert len(process.stdout.read().splitlines()) == 5
     process.wait(timeout=20)
-    assert names() == images(1, 2, 3, 4, 5)
+    assert live.names() == live.images(1, 2, 3, 4, 5)
     assert len(api.requests) == 5
 
 
@@ -218,7 +218,7 @@ def test_the_key_appears_nowhere(run: Run, api: ImagesAPI, reply: Reply) -> None
     api.script(reply, repeat=True)
     flags = ("--max-attempts", 1, "--max-wait", 0.3)
     for extra in ((), ("--json",)):
-        result = run(*batch(2, *flags, *extra, "--force"))
+        result = run(*live.batch(2, *flags, *extra, "--force"))
         said = result.stdout + result.stderr
         assert KEY not in said
         assert KEY[:12] not in said
@@ -228,7 +228,7 @@ def test_the_key_appears_nowhere(run: Run, api: ImagesAPI, reply: Reply) -> None
 def test_a_prompt_that_holds_the_key_does_not_bring_it_into_the_manifest(
     run: Run, api: ImagesAPI
 ) -> None:
-    result = run(*generate("--json", prompt=f"a fox {KEY}"))
+    result = run(*live.generate("--json", prompt=f"a fox {KEY}"))
     assert KEY not in result.stdout + result.stderr
     assert len(api.requests) <= 1
 
@@ -240,10 +240,10 @@ def test_a_prompt_that_holds_the_key_does_not_bring_it_into_the_manifest(
 )
 def test_usage_of_any_shape_ends_no_run(run: Run, api: ImagesAPI, usage: object) -> None:
     api.script_for("job 1", document(lambda content: content.update(usage=usage)))
-    result = run(*batch(2, "--json"))
+    result = run(*live.batch(2, "--json"))
     assert result.exit_code == 0
-    assert lines(result) == []
-    assert outcomes(result) == ["done", "done"]
+    assert live.lines(result) == []
+    assert live.outcomes(result) == ["done", "done"]
     recorded = next(line["usage"] for line in result.json_lines if line["job"] == 1)
     assert recorded == (usage if isinstance(usage, dict) else None)
 

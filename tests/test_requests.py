@@ -5,20 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import dry
 import pytest
-from expectations import (
-    Job,
-    batch,
-    document,
-    documents,
-    edit,
-    flag,
-    generate,
-    picture,
-    problem,
-    problems,
-)
 from image_gen import MAX_JOBS, MAX_PROMPT_CHARACTERS, PROMPT_FIELDS, compose_prompt
+from inputs import Job, flag, picture
 
 if TYPE_CHECKING:
     from conftest import Run
@@ -69,10 +59,10 @@ def test_a_field_adds_its_line_from_the_flag_and_from_the_job(
 ) -> None:
     line = label.format("grey dusk")
     for prompt in (
-        document(generate(run, flag(key), "grey dusk"))["prompt"],
-        document(batch(run, {"prompt": "a fox", key: "grey dusk"}))["prompt"],
-        document(batch(run, {"prompt": "a fox", "fields": {key: "grey dusk"}}))["prompt"],
-        document(batch(run, "a fox", flags=(flag(key), "grey dusk")))["prompt"],
+        dry.document(dry.generate(run, flag(key), "grey dusk"))["prompt"],
+        dry.document(dry.batch(run, {"prompt": "a fox", key: "grey dusk"}))["prompt"],
+        dry.document(dry.batch(run, {"prompt": "a fox", "fields": {key: "grey dusk"}}))["prompt"],
+        dry.document(dry.batch(run, "a fox", flags=(flag(key), "grey dusk")))["prompt"],
     ):
         assert sorted(prompt.splitlines()) == sorted(["Primary request: a fox", line])
 
@@ -109,18 +99,18 @@ def test_a_field_adds_its_line_from_the_flag_and_from_the_job(
     ],
 )
 def test_the_prompt_that_is_sent(run: Run, prompt: str, flags: list[str], sent: str) -> None:
-    assert document(generate(run, *flags, prompt=prompt))["prompt"] == sent
+    assert dry.document(dry.generate(run, *flags, prompt=prompt))["prompt"] == sent
 
 
 @pytest.mark.parametrize("blank", ["", " ", "\n\t\u00a0"])
 def test_a_prompt_of_blanks_is_refused_wherever_it_comes_from(run: Run, blank: str) -> None:
     Path("blank.txt").write_text(blank)
     for result in (
-        generate(run, prompt=blank),
+        dry.generate(run, prompt=blank),
         run("generate", "--prompt-file", "blank.txt", "--dry-run"),
-        batch(run, {"prompt": blank, "scene": "fog"}),
+        dry.batch(run, {"prompt": blank, "scene": "fog"}),
     ):
-        said = problem(result)
+        said = dry.problem(result)
         assert "prompt" in said
         assert "empty" in said
 
@@ -130,12 +120,14 @@ def test_the_length_of_the_prompt_is_limited_as_it_is_sent(run: Run, command: st
     label = len("Primary request: ")
     for length, fits in ((MAX_PROMPT_CHARACTERS - label, True), (MAX_PROMPT_CHARACTERS, False)):
         prompt = "é" * length
-        result = generate(run, prompt=prompt) if command == "generate" else batch(run, prompt)
+        result = (
+            dry.generate(run, prompt=prompt) if command == "generate" else dry.batch(run, prompt)
+        )
         if fits:
-            assert len(document(result)["prompt"]) == MAX_PROMPT_CHARACTERS
+            assert len(dry.document(result)["prompt"]) == MAX_PROMPT_CHARACTERS
         else:
-            assert "32,017 characters" in problem(result)
-            assert "32,000" in problem(result)
+            assert "32,017 characters" in dry.problem(result)
+            assert "32,000" in dry.problem(result)
 
 
 # Prompt files.
@@ -155,7 +147,7 @@ def test_the_length_of_the_prompt_is_limited_as_it_is_sent(run: Run, command: st
 def test_a_prompt_file_is_read_as_utf8(run: Run, name: str, content: str, prompt: str) -> None:
     Path("prompt.txt").write_bytes(content.encode())
     argv = ("generate", "--prompt-file", name, "--no-augment", "--dry-run")
-    assert document(run(*argv, stdin=content.encode()))["prompt"] == prompt
+    assert dry.document(run(*argv, stdin=content.encode()))["prompt"] == prompt
 
 
 @pytest.mark.parametrize(
@@ -174,14 +166,14 @@ def test_a_prompt_file_that_cannot_be_used_is_named(
 ) -> None:
     if content is not None:
         Path(name).write_bytes(content)
-    said = problem(run("generate", "--prompt-file", name, "--dry-run"))
+    said = dry.problem(run("generate", "--prompt-file", name, "--dry-run"))
     assert f"--prompt-file {name}" in said
     assert says in said
 
 
 @pytest.mark.parametrize("prompt", ["a fox", ""])
 def test_a_prompt_and_a_prompt_file_are_one_too_many(run: Run, prompt: str) -> None:
-    said = problem(generate(run, "--prompt-file", "-", prompt=prompt))
+    said = dry.problem(dry.generate(run, "--prompt-file", "-", prompt=prompt))
     assert "--prompt and --prompt-file are both given" in said
 
 
@@ -205,7 +197,7 @@ def test_a_prompt_and_a_prompt_file_are_one_too_many(run: Run, prompt: str) -> N
     ],
 )
 def test_a_line_is_one_job(run: Run, line: str, prompt: str) -> None:
-    shown = document(batch(run, line, flags=("--no-augment",)))
+    shown = dry.document(dry.batch(run, line, flags=("--no-augment",)))
     assert shown["prompt"] == prompt
     assert shown["job"] == 1
 
@@ -223,13 +215,15 @@ def test_a_line_is_one_job(run: Run, line: str, prompt: str) -> None:
     ],
 )
 def test_jobs_are_counted_and_lines_without_a_job_are_not(run: Run, content: str) -> None:
-    shown = documents(batch(run, content, flags=("--no-augment",)))
+    shown = dry.documents(dry.batch(run, content, flags=("--no-augment",)))
     assert [(each["job"], each["prompt"]) for each in shown] == [(1, "a"), (2, "b")]
     assert [each["outputs"] for each in shown] == [["out/001-a.png"], ["out/002-b.png"]]
 
 
 def test_messages_count_lines_and_not_jobs(run: Run) -> None:
-    assert problem(batch(run, "# first", "", "a fox", '{"prompt": 3}')).startswith("line 4: ")
+    assert dry.problem(dry.batch(run, "# first", "", "a fox", '{"prompt": 3}')).startswith(
+        "line 4: "
+    )
 
 
 @pytest.mark.parametrize(
@@ -248,25 +242,25 @@ def test_messages_count_lines_and_not_jobs(run: Run) -> None:
     ],
 )
 def test_a_line_that_is_no_job_is_named(run: Run, line: str, says: str) -> None:
-    said = problem(batch(run, "a fox", line))
+    said = dry.problem(dry.batch(run, "a fox", line))
     assert said.startswith("line 2: ")
     assert says in said
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"# only a comment\n", b"\xef\xbb\xbf"])
 def test_a_file_without_a_job_is_refused(run: Run, content: bytes) -> None:
-    assert "--input jobs.jsonl holds no job" in problem(batch(run, content))
+    assert "--input jobs.jsonl holds no job" in dry.problem(dry.batch(run, content))
 
 
 def test_a_batch_has_at_most_so_many_jobs(run: Run) -> None:
-    assert len(documents(batch(run, *["a fox"] * MAX_JOBS))) == MAX_JOBS == 500
-    assert "501" in problem(batch(run, *["a fox"] * (MAX_JOBS + 1)))
+    assert len(dry.documents(dry.batch(run, *["a fox"] * MAX_JOBS))) == MAX_JOBS == 500
+    assert "501" in dry.problem(dry.batch(run, *["a fox"] * (MAX_JOBS + 1)))
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", ".", "x" * 300])
 def test_an_input_that_cannot_be_read_is_named(run: Run, name: str) -> None:
     result = run("generate-batch", "--input", name, "--out-dir", "out", "--dry-run")
-    assert f"--input {name} cannot be read" in problem(result)
+    assert f"--input {name} cannot be read" in dry.problem(result)
 
 
 # Jobs over flags.
@@ -290,7 +284,7 @@ def test_a_job_overlays_the_flags_and_null_means_not_given(run: Run, key: str) -
     by_flag, by_job = VALUES[key]
     base = {"prompt": "a fox", **COMPANIONS.get(key, {})}
     jobs = [base | {key: by_job}, base, base | {key: None}]
-    shown = documents(batch(run, *jobs, flags=(flag(key), str(by_flag))))
+    shown = dry.documents(dry.batch(run, *jobs, flags=(flag(key), str(by_flag))))
     assert [each[key] for each in shown] == [by_job, by_flag, by_flag]
 
 
@@ -313,7 +307,7 @@ def test_a_job_overlays_the_flags_and_null_means_not_given(run: Run, key: str) -
     ],
 )
 def test_prompt_fields_of_a_job(run: Run, job: dict[str, Any], line: str | None) -> None:
-    shown = document(batch(run, {"prompt": "a fox", **job}, flags=("--scene", "shared")))
+    shown = dry.document(dry.batch(run, {"prompt": "a fox", **job}, flags=("--scene", "shared")))
     assert shown["prompt"].splitlines() == ["Primary request: a fox", *([line] if line else [])]
 
 
@@ -322,9 +316,9 @@ def test_prompt_fields_of_a_job(run: Run, job: dict[str, Any], line: str | None)
     [("png", "png"), ("PNG", "png"), ("jpg", "jpeg"), ("JPG", "jpeg"), ("Jpeg", "jpeg")],
 )
 def test_formats_are_taken_in_any_case_and_jpg_means_jpeg(run: Run, given: str, sent: str) -> None:
-    assert document(generate(run, "--output-format", given))["output_format"] == sent
+    assert dry.document(dry.generate(run, "--output-format", given))["output_format"] == sent
     job = {"prompt": "a fox", "output_format": given}
-    assert document(batch(run, job))["output_format"] == sent
+    assert dry.document(dry.batch(run, job))["output_format"] == sent
 
 
 @pytest.mark.parametrize(
@@ -332,16 +326,16 @@ def test_formats_are_taken_in_any_case_and_jpg_means_jpeg(run: Run, given: str, 
     [("size", "1024X1024"), ("quality", "High"), ("model", "GPT-IMAGE-2"), ("moderation", "LOW")],
 )
 def test_all_but_formats_are_case_sensitive(run: Run, key: str, value: str) -> None:
-    by_flag = problem(generate(run, flag(key), value))
+    by_flag = dry.problem(dry.generate(run, flag(key), value))
     assert value in by_flag
-    assert problem(batch(run, {"prompt": "a fox", key: value})) == f"line 1: {by_flag}"
+    assert dry.problem(dry.batch(run, {"prompt": "a fox", key: value})) == f"line 1: {by_flag}"
 
 
 @pytest.mark.parametrize(("given", "sent"), [(3, 3), ("3", 3), (3.0, 3)])
 def test_a_whole_number_of_a_job_may_be_written_in_any_way(
     run: Run, given: object, sent: int
 ) -> None:
-    shown = document(batch(run, {"prompt": "a fox", "n": given}))
+    shown = dry.document(dry.batch(run, {"prompt": "a fox", "n": given}))
     assert shown["n"] == sent
     assert type(shown["n"]) is int
     assert len(shown["outputs"]) == sent
@@ -364,7 +358,7 @@ def test_a_whole_number_of_a_job_may_be_written_in_any_way(
 def test_an_unknown_key_is_refused_with_the_closest_known_one(
     run: Run, job: dict[str, Any], says: str
 ) -> None:
-    said = problem(batch(run, {"prompt": "a fox", **job}))
+    said = dry.problem(dry.batch(run, {"prompt": "a fox", **job}))
     wrong = next(iter(job.get("fields", job)))
     assert said.startswith(f'line 1: unknown key "{wrong}"')
     assert says in said
@@ -377,7 +371,7 @@ def test_every_problem_of_every_line_is_told_at_once(run: Run) -> None:
         "[1]",
         {"prompt": "a fox", "quality": "best", "background": "pink"},
     ]
-    told = "\n".join(problems(batch(run, *jobs)))
+    told = "\n".join(dry.problems(dry.batch(run, *jobs)))
     for line, key in ((1, "qualty"), (1, '"n"'), (1, "size 17x17"), (3, "[1]"), (4, "quality")):
         assert any(
             said.startswith(f"line {line}: ") and key in said for said in told.splitlines()
@@ -387,7 +381,7 @@ def test_every_problem_of_every_line_is_told_at_once(run: Run) -> None:
 
 
 def test_one_problem_of_many_jobs_is_told_once(run: Run) -> None:
-    said = problem(batch(run, "a", "b", "c", flags=("--size", "big")))
+    said = dry.problem(dry.batch(run, "a", "b", "c", flags=("--size", "big")))
     assert said.startswith('line 1: size "big"')
     assert said.endswith("(also lines 2, 3)")
 
@@ -398,9 +392,9 @@ def test_one_problem_of_many_jobs_is_told_once(run: Run) -> None:
 def test_a_job_with_an_image_is_an_edit_and_the_order_of_the_images_is_kept(run: Run) -> None:
     names = [picture(name) for name in ("b.png", "a.jpg", "c.webp")]
     mask = picture("mask.png", "RGBA")
-    by_job = document(batch(run, {"prompt": "a fox", "image": names, "mask": mask}))
-    by_flags = document(
-        edit(run, "--image", "a.jpg", "--image", "c.webp", "--mask", mask, image="b.png")
+    by_job = dry.document(dry.batch(run, {"prompt": "a fox", "image": names, "mask": mask}))
+    by_flags = dry.document(
+        dry.edit(run, "--image", "a.jpg", "--image", "c.webp", "--mask", mask, image="b.png")
     )
     for shown in (by_job, by_flags):
         assert shown["endpoint"] == "/v1/images/edits"
@@ -411,12 +405,12 @@ def test_a_job_with_an_image_is_an_edit_and_the_order_of_the_images_is_kept(run:
 def test_an_image_of_a_job_is_a_path_or_a_list_relative_to_the_current_directory(run: Run) -> None:
     picture("in/room.png")
     jobs = [{"prompt": p, "image": i} for p, i in (("a", "in/room.png"), ("b", ["in/room.png"]))]
-    shown = documents(batch(run, *jobs, "no edit"))
+    shown = dry.documents(dry.batch(run, *jobs, "no edit"))
     assert [each.get("image") for each in shown] == [["in/room.png"], ["in/room.png"], None]
     assert shown[2]["endpoint"] == "/v1/images/generations"
 
 
 def test_an_empty_list_of_images_is_no_generation(run: Run) -> None:
-    said = problem(batch(run, {"prompt": "a fox", "image": []}))
+    said = dry.problem(dry.batch(run, {"prompt": "a fox", "image": []}))
     assert said.startswith("line 1: ")
     assert "image" in said

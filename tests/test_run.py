@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import image_gen
+import live
 import pytest
-from expectations import picture
 from images_api import moderation_blocked
-from live import batch, error, generate, images, lines, names, outcomes, run_held, size_of
+from inputs import picture
 
 if TYPE_CHECKING:
     from conftest import Run
@@ -50,30 +50,30 @@ def test_a_batch_of_twenty_mixed_jobs_does_what_its_dry_run_says(
     for name, mode in (("room.png", "RGB"), ("chair.jpg", "RGB"), ("mask.png", "RGBA")):
         picture(name, mode)
     jobs = mixed_jobs()
-    argv = batch(jobs, "--concurrency", 5, "--downscale-max-dim", 32, "--json")
-    dry = run_process(*argv, "--dry-run")
-    assert dry.exit_code == 0
+    argv = live.batch(jobs, "--concurrency", 5, "--downscale-max-dim", 32, "--json")
+    shown = run_process(*argv, "--dry-run")
+    assert shown.exit_code == 0
     assert api.requests == []
-    planned = dry.json_lines
+    planned = shown.json_lines
     files = [name for job in planned for name in (*job["outputs"], *job["outputs_downscaled"])]
 
-    live = run_process(*argv)
-    assert live.exit_code == 0, live.stderr
-    assert outcomes(live) == ["done"] * len(jobs) == ["done"] * 20
-    assert sorted(files) == [f"out/{name}" for name in names()]
+    result = run_process(*argv)
+    assert result.exit_code == 0, result.stderr
+    assert live.outcomes(result) == ["done"] * len(jobs) == ["done"] * 20
+    assert sorted(files) == [f"out/{name}" for name in live.names()]
     assert 1 < api.peak_in_flight <= 5
     sent = {request.prompt: as_sent(request) for request in api.requests}
     not_in_body = ("outputs", "outputs_downscaled", "job", "image", "mask", "partials")
     for job in planned:
         expected = {key: value for key, value in job.items() if key not in not_in_body}
         assert sent[job["prompt"]] == expected
-    for line in live.json_lines:
+    for line in result.json_lines:
         job = planned[line["job"] - 1]
         assert [image["path"] for image in line["outputs"]] == job["outputs"]
         copies = [image["path"] for image in line["outputs_downscaled"]]
         assert copies == job["outputs_downscaled"]
         for image in (*line["outputs"], *line["outputs_downscaled"]):
-            assert size_of(image["path"]) == (image["width"], image["height"])
+            assert live.size_of(image["path"]) == (image["width"], image["height"])
             assert image["bytes"] == Path(image["path"]).stat().st_size
 
 
@@ -81,9 +81,9 @@ def test_a_batch_of_twenty_mixed_jobs_does_what_its_dry_run_says(
 def test_one_image_of_each_format_through_a_process(
     run_process: Run, api: ImagesAPI, name: str
 ) -> None:
-    result = run_process(*generate(out=f"fox.{name}"))
+    result = run_process(*live.generate(out=f"fox.{name}"))
     assert (result.exit_code, result.stdout) == (0, f"Wrote fox.{name}\n")
-    assert size_of(f"fox.{name}") == (64, 64)
+    assert live.size_of(f"fox.{name}") == (64, 64)
     assert len(api.requests) == 1
 
 
@@ -106,31 +106,31 @@ def test_an_existing_output_stops_the_batch_before_any_request(
 ) -> None:
     Path("out").mkdir()
     Path("out/002-job-2.png").write_text("mine")
-    result = run_process(*batch(3))
+    result = run_process(*live.batch(3))
     assert (result.exit_code, result.stdout) == (2, "")
-    (problem,) = lines(result)
+    (problem,) = live.lines(result)
     assert "line 2: " in problem
     assert "out/002-job-2.png exists" in problem
     assert api.requests == []
-    assert names() == ["002-job-2.png"]
+    assert live.names() == ["002-job-2.png"]
 
 
 def test_a_refused_job_fails_alone_in_a_process(run_process: Run, api: ImagesAPI) -> None:
     api.script_for("job 2", moderation_blocked())
-    result = run_process(*batch(3))
-    assert error(result).startswith("line 2: ")
-    assert names() == images(1, 3)
-    assert sorted(result.stdout.splitlines()) == [f"Wrote out/{name}" for name in images(1, 3)]
+    result = run_process(*live.batch(3))
+    assert live.error(result).startswith("line 2: ")
+    assert live.names() == live.images(1, 3)
+    assert sorted(result.stdout.splitlines()) == [f"Wrote out/{name}" for name in live.images(1, 3)]
 
 
 @pytest.mark.parametrize("concurrency", [1, 3, 25])
 def test_as_many_requests_are_in_flight_as_asked_for(
     run: Run, api: ImagesAPI, concurrency: int
 ) -> None:
-    argv = batch(30, "--concurrency", concurrency)
-    assert run_held(run, api, argv, until=concurrency).exit_code == 0
+    argv = live.batch(30, "--concurrency", concurrency)
+    assert live.run_held(run, api, argv, until=concurrency).exit_code == 0
     assert api.peak_in_flight == concurrency
-    assert len(names()) == 30
+    assert len(live.names()) == 30
 
 
 def test_downscaling_does_not_hold_up_requests(
@@ -145,10 +145,10 @@ def test_downscaling_does_not_hold_up_requests(
 
     downscale = image_gen.downscale
     monkeypatch.setattr(image_gen, "downscale", slow)
-    result = run(*batch(6, "--concurrency", 2, "--downscale-max-dim", 32))
+    result = run(*live.batch(6, "--concurrency", 2, "--downscale-max-dim", 32))
     assert result.exit_code == 0
     assert seen.is_set()
-    assert len(names()) == 12
+    assert len(live.names()) == 12
 
 
 def test_answers_do_not_pile_up_behind_the_disk(
@@ -167,7 +167,7 @@ def test_answers_do_not_pile_up_behind_the_disk(
 
     save = image_gen.save_answer
     monkeypatch.setattr(image_gen, "save_answer", slow)
-    result = run(*batch(30, "--concurrency", 2))
+    result = run(*live.batch(30, "--concurrency", 2))
     assert result.exit_code == 0
     assert max(unsaved) == 6
 
@@ -182,16 +182,16 @@ def test_a_bug_in_one_job_does_not_take_the_others_along(
 
     save = image_gen.save_answer
     monkeypatch.setattr(image_gen, "save_answer", broken)
-    result = run(*batch(3, "--json"))
+    result = run(*live.batch(3, "--json"))
     assert result.exit_code == 1
-    assert outcomes(result) == ["done", "failed", "done"]
+    assert live.outcomes(result) == ["done", "failed", "done"]
     assert len(api.requests) == 3
     failed = next(line for line in result.json_lines if line["job"] == 2)
     assert failed["error"]["kind"] == "internal"
 
 
 def test_a_large_batch_is_run_to_its_end(run: Run, api: ImagesAPI) -> None:
-    result = run(*batch(150, "--concurrency", 25, "--quiet"))
+    result = run(*live.batch(150, "--concurrency", 25, "--quiet"))
     assert (result.exit_code, result.stderr) == (0, "")
-    assert len(names()) == len(api.requests) == 150
+    assert len(live.names()) == len(api.requests) == 150
     assert len(result.stdout.splitlines()) == 150

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import image_gen
+import live
 import pytest
-from expectations import picture
 from images_api import (
     answer_cut,
     answer_lost,
@@ -26,7 +26,7 @@ from images_api import (
     unauthorized,
     unknown_model,
 )
-from live import batch, error, generate, images, lines, names, outcomes, run_held, statuses
+from inputs import picture
 
 if TYPE_CHECKING:
     from conftest import Run
@@ -67,39 +67,39 @@ FAULTS = {
 class TestAFault:
     def test_is_met_with_another_request(self, run: Run, api: ImagesAPI, fault: Fault) -> None:
         api.script(fault.reply)
-        result = run(*generate("--json", "--timeout", 0.5))
+        result = run(*live.generate("--json", "--timeout", 0.5))
         assert result.exit_code == 0
         assert len(api.requests) == result.json["attempts"] == 2
         (note,) = (line for line in result.stderr.splitlines() if "attempt 2 of 3" in line)
         assert ("may have been billed" in note) == fault.maybe_billed
         recorded = any("billed" in warning for warning in result.json["warnings"])
         assert recorded == fault.maybe_billed
-        assert names(".") == ["fox.png"]
+        assert live.names(".") == ["fox.png"]
 
     def test_that_stays_ends_the_job_after_max_attempts(
         self, run: Run, api: ImagesAPI, fault: Fault
     ) -> None:
         api.script(fault.reply, repeat=True)
-        result = run(*generate("--json", "--timeout", 0.2, "--max-attempts", 2))
-        assert error(result)
+        result = run(*live.generate("--json", "--timeout", 0.2, "--max-attempts", 2))
+        assert live.error(result)
         assert len(api.requests) == result.json["attempts"] == 2
         failure = result.json["error"]
         assert (failure["kind"], failure["retryable"]) == (fault.kind, True)
         assert failure["maybe_billed"] == fault.maybe_billed
-        assert names(".") == []
+        assert live.names(".") == []
 
 
 def test_one_attempt_means_one_request(run: Run, api: ImagesAPI) -> None:
     api.script(server_error())
-    assert run(*generate("--max-attempts", 1)).exit_code == 1
-    assert statuses(api) == [500]
+    assert run(*live.generate("--max-attempts", 1)).exit_code == 1
+    assert live.statuses(api) == [500]
 
 
 def test_a_fault_of_an_earlier_attempt_may_still_be_billed_when_the_job_fails(
     run: Run, api: ImagesAPI
 ) -> None:
     api.script(answer_lost(), moderation_blocked())
-    assert run(*generate("--json")).json["error"]["maybe_billed"] is True
+    assert run(*live.generate("--json")).json["error"]["maybe_billed"] is True
 
 
 @pytest.mark.parametrize(
@@ -113,16 +113,16 @@ def test_a_proxy_that_cannot_be_used_is_a_refusal(
     run: Run, api: ImagesAPI, name: str, value: str
 ) -> None:
     everywhere = {name: value, name.lower(): value, "NO_PROXY": "", "no_proxy": ""}
-    result = run(*generate(), env=everywhere)
-    (said,) = lines(result)
+    result = run(*live.generate(), env=everywhere)
+    (said,) = live.lines(result)
     assert (result.exit_code, api.requests) == (2, [])
     assert "proxies" in said
 
 
 def test_a_server_that_cannot_be_reached_is_named_and_nothing_is_billed(run: Run) -> None:
     nowhere = {"OPENAI_BASE_URL": "http://127.0.0.1:9/v1", "OPENAI_API_KEY": "placeholder-key"}
-    result = run(*generate("--json"), env=nowhere)
-    assert "connection failed" in error(result)
+    result = run(*live.generate("--json"), env=nowhere)
+    assert "connection failed" in live.error(result)
     assert result.json["attempts"] == 3
     assert result.json["error"] | {"message": ""} == {
         "kind": "connection",
@@ -140,7 +140,7 @@ def test_a_server_error_is_retried_when_the_server_says(
     run: Run, api: ImagesAPI, headers: dict[str, str]
 ) -> None:
     api.script(server_error(503, headers=headers))
-    assert run(*generate()).exit_code == 0
+    assert run(*live.generate()).exit_code == 0
     first, second = api.requests
     assert second.started - (first.ended or 0) >= 0.29
 
@@ -207,13 +207,13 @@ def test_what_is_hopeless_stops_the_run_and_keeps_what_is_in_flight(
     run: Run, api: ImagesAPI, reply: Reply, kind: str
 ) -> None:
     api.script(reply, delayed(0.3))
-    argv = batch(5, "--json", "--concurrency", 2)
-    result = run_held(run, api, argv, until=2)
+    argv = live.batch(5, "--json", "--concurrency", 2)
+    result = live.run_held(run, api, argv, until=2)
     assert result.exit_code == 1
-    assert sorted(outcomes(result)) == ["done", "failed", "skipped", "skipped", "skipped"]
+    assert sorted(live.outcomes(result)) == ["done", "failed", "skipped", "skipped", "skipped"]
     assert len(api.requests) == 2
-    assert len(names()) == 1
-    failed, skipped = lines(result)
+    assert len(live.names()) == 1
+    failed, skipped = live.lines(result)
     assert skipped.startswith("3 jobs ")
     assert image_gen.REMEDIES[kind] in failed
     errors = [line["error"] for line in result.json_lines if line["status"] != "done"]
@@ -233,20 +233,20 @@ def test_a_model_that_is_refused_stops_the_jobs_of_that_model_only(
     models = ["gpt-image-2.5-flare", "gpt-image-2"] * 3
     jobs = [{"prompt": f"job {n}", "model": model} for n, model in enumerate(models, start=1)]
     api.script_for("job 1", reply)
-    result = run(*batch(jobs, "--json", "--concurrency", 1))
+    result = run(*live.batch(jobs, "--json", "--concurrency", 1))
     assert result.exit_code == 1
-    assert outcomes(result) == ["failed", "done", "skipped", "done", "skipped", "done"]
+    assert live.outcomes(result) == ["failed", "done", "skipped", "done", "skipped", "done"]
     assert result.json_lines[0]["error"]["kind"] == kind
-    assert names() == images(2, 4, 6)
-    assert any(line.startswith("2 jobs ") for line in lines(result))
+    assert live.names() == live.images(2, 4, 6)
+    assert any(line.startswith("2 jobs ") for line in live.lines(result))
 
 
 def test_a_bad_request_fails_its_job_alone(run: Run, api: ImagesAPI) -> None:
     api.script_for("job 2", status(400, "Unknown parameter: 'n'.", code="unknown_parameter"))
-    result = run(*batch(3, "--json"))
-    assert "Unknown parameter: 'n'." in error(result)
-    assert outcomes(result) == ["done", "failed", "done"]
-    assert names() == images(1, 3)
+    result = run(*live.batch(3, "--json"))
+    assert "Unknown parameter: 'n'." in live.error(result)
+    assert live.outcomes(result) == ["done", "failed", "done"]
+    assert live.names() == live.images(1, 3)
     failed = next(line["error"] for line in result.json_lines if line["job"] == 2)
     assert (failed["kind"], failed["code"]) == ("invalid_request", "unknown_parameter")
     assert failed["retryable"] is failed["maybe_billed"] is False
@@ -256,10 +256,10 @@ def test_a_moderation_refusal_is_named_with_message_and_request_id(
     run: Run, api: ImagesAPI
 ) -> None:
     api.script(moderation_blocked("Rejected: safety_violations=[gore]."))
-    result = run(*generate("--json"))
+    result = run(*live.generate("--json"))
     (request,) = api.requests
     for part in ("moderation", "Rejected: safety_violations=[gore].", request.request_id):
-        assert part in error(result)
+        assert part in live.error(result)
     assert result.json["error"]["kind"] == "moderation"
     assert result.json["request_id"] == request.request_id
 
@@ -268,31 +268,31 @@ def test_fail_fast_sends_nothing_after_the_first_failure_and_saves_what_is_in_fl
     run: Run, api: ImagesAPI
 ) -> None:
     api.script(moderation_blocked(), delayed(0.3))
-    argv = batch(5, "--json", "--fail-fast", "--concurrency", 2)
-    result = run_held(run, api, argv, until=2)
+    argv = live.batch(5, "--json", "--fail-fast", "--concurrency", 2)
+    result = live.run_held(run, api, argv, until=2)
     assert result.exit_code == 1
     assert len(api.requests) == 2
-    assert sorted(outcomes(result)) == ["done", "failed", "skipped", "skipped", "skipped"]
-    assert len(names()) == 1
-    assert any("--fail-fast" in line for line in lines(result))
+    assert sorted(live.outcomes(result)) == ["done", "failed", "skipped", "skipped", "skipped"]
+    assert len(live.names()) == 1
+    assert any("--fail-fast" in line for line in live.lines(result))
 
 
 def test_without_fail_fast_the_other_jobs_go_on(run: Run, api: ImagesAPI) -> None:
     api.script(moderation_blocked())
-    assert run(*batch(4, "--concurrency", 1)).exit_code == 1
-    assert names() == images(2, 3, 4)
+    assert run(*live.batch(4, "--concurrency", 1)).exit_code == 1
+    assert live.names() == live.images(2, 3, 4)
 
 
 def test_a_long_message_of_the_server_stays_one_short_line(run: Run, api: ImagesAPI) -> None:
     api.script(status(400, "no\n\x1b[31m" + "word " * 2000))
-    message = error(run(*generate()))
+    message = live.error(run(*live.generate()))
     assert len(message) < 800
     assert re.search(r"[\x00-\x1f]", message) is None
 
 
 def test_requests_are_sent_with_the_variables_of_the_sdk(run: Run, api: ImagesAPI) -> None:
     account = {"OPENAI_ORG_ID": "org-fox", "OPENAI_PROJECT_ID": "proj-den"}
-    assert run(*generate(), env=account).exit_code == 0
+    assert run(*live.generate(), env=account).exit_code == 0
     (request,) = api.requests
     assert request.key_as_expected
     assert request.headers["openai-organization"] == "org-fox"
@@ -304,16 +304,16 @@ def test_advice_to_come_back_at_once_is_not_followed_without_end(
     run: Run, api: ImagesAPI, advice: float
 ) -> None:
     api.script(rate_limited(advice), repeat=True)
-    result = run(*generate("--max-wait", 0.2))
-    assert "gave up, --max-wait is spent" in error(result)
+    result = run(*live.generate("--max-wait", 0.2))
+    assert "gave up, --max-wait is spent" in live.error(result)
     assert len(api.requests) < 60
 
 
 def test_an_input_that_vanishes_is_no_failure_of_the_network(run: Run, api: ImagesAPI) -> None:
     picture("room.png")
-    argv = batch([{"prompt": f"job {n}", "image": "room.png"} for n in (1, 2)])
+    argv = live.batch([{"prompt": f"job {n}", "image": "room.png"} for n in (1, 2)])
     flags = ("--json", "--concurrency", "1")
-    result = run_held(run, api, [*argv, *flags], act=lambda: Path("room.png").unlink())
+    result = live.run_held(run, api, [*argv, *flags], act=lambda: Path("room.png").unlink())
     record = next(line for line in result.json_lines if line["status"] == "failed")
     assert (record["error"]["kind"], record["attempts"]) == ("input", 0)
     assert record["error"]["maybe_billed"] is False

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import image_gen
+import live
 import pytest
 from conftest import command
 from images_api import image_bytes, ok
-from live import batch, encoded, error, generate, images, lines, names, outcomes, run_held, size_of
+from inputs import encoded
 from PIL import Image
 
 if TYPE_CHECKING:
@@ -38,16 +39,16 @@ def rescue_folder(
 def test_a_file_that_appears_meanwhile_is_kept_and_the_image_saved_beside_it(
     run: Run, api: ImagesAPI
 ) -> None:
-    argv = generate("--json", "--downscale-max-dim", 32)
-    result = run_held(run, api, argv, act=lambda: Path("fox.png").write_text("mine"))
+    argv = live.generate("--json", "--downscale-max-dim", 32)
+    result = live.run_held(run, api, argv, act=lambda: Path("fox.png").write_text("mine"))
     assert result.exit_code == 0
     assert Path("fox.png").read_text() == "mine"
-    (warning,) = lines(result, "Warning: ")
+    (warning,) = live.lines(result, "Warning: ")
     (image,) = result.json["outputs"]
     assert "fox.png has appeared" in warning
     assert image["path"] in warning
-    assert size_of(image["path"]) == (64, 64)
-    assert len(names(".")) == 3
+    assert live.size_of(image["path"]) == (64, 64)
+    assert len(live.names(".")) == 3
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["hard links", "no hard links"])
@@ -63,20 +64,20 @@ class TestWriteFile:
     def test_makes_the_file_and_its_folders(self) -> None:
         assert image_gen.write_file("a/b/c.png", b"new", replace=False) == "a/b/c.png"
         assert Path("a/b/c.png").read_bytes() == b"new"
-        assert names("a/b") == ["c.png"]
+        assert live.names("a/b") == ["c.png"]
 
     def test_takes_the_first_free_name(self) -> None:
         found = [image_gen.write_file("c.png", bytes([n]), replace=False) for n in range(4)]
         assert found[0] == "c.png"
         assert len(set(found)) == 4
-        assert sorted(found) == names(".")
+        assert sorted(found) == live.names(".")
         assert [Path(name).read_bytes() for name in found] == [bytes([n]) for n in range(4)]
 
     def test_replaces_only_when_told(self) -> None:
         Path("c.png").write_bytes(b"old")
         assert image_gen.write_file("c.png", b"new", replace=True) == "c.png"
         assert Path("c.png").read_bytes() == b"new"
-        assert names(".") == ["c.png"]
+        assert live.names(".") == ["c.png"]
 
     def test_never_replaces_in_a_race(self) -> None:
         contents = [bytes([n]) * 10_000 for n in range(16)]
@@ -92,7 +93,7 @@ class TestWriteFile:
             worker.start()
         for worker in workers:
             worker.join()
-        assert sorted(found) == names(".")
+        assert sorted(found) == live.names(".")
         assert {Path(name).read_bytes() for name in found} == set(contents)
 
     def test_does_not_follow_a_link_that_leads_nowhere(self) -> None:
@@ -104,12 +105,12 @@ class TestWriteFile:
         Path("c.png").mkdir()
         with pytest.raises(OSError, match="directory"):
             image_gen.write_file("c.png", b"new", replace=True)
-        assert names(".") == ["c.png"]
+        assert live.names(".") == ["c.png"]
 
 
 def test_files_have_the_permissions_of_any_new_file(run: Run, api: ImagesAPI) -> None:
     assert api.requests == []
-    assert run(*generate()).exit_code == 0
+    assert run(*live.generate()).exit_code == 0
     Path("other").write_bytes(b"")
     assert Path("fox.png").stat().st_mode == Path("other").stat().st_mode
 
@@ -118,8 +119,8 @@ def test_force_replaces_image_and_copy(run: Run, api: ImagesAPI) -> None:
     assert api.requests == []
     for name in ("fox.png", "fox-web.png"):
         Path(name).write_text("old")
-    assert run(*generate("--force", "--downscale-max-dim", 32)).exit_code == 0
-    assert (size_of("fox.png"), size_of("fox-web.png")) == ((64, 64), (32, 32))
+    assert run(*live.generate("--force", "--downscale-max-dim", 32)).exit_code == 0
+    assert (live.size_of("fox.png"), live.size_of("fox-web.png")) == ((64, 64), (32, 32))
 
 
 def a_file_in_place_of_the_folder() -> None:
@@ -132,15 +133,15 @@ def test_an_image_whose_folder_takes_no_more_is_rescued_and_the_run_stops(
     run: Run, api: ImagesAPI, rescue_folder: Path
 ) -> None:
     Path("out").mkdir()
-    argv = batch(8, "--json", "--concurrency", 1)
-    result = run_held(run, api, argv, act=a_file_in_place_of_the_folder)
+    argv = live.batch(8, "--json", "--concurrency", 1)
+    result = live.run_held(run, api, argv, act=a_file_in_place_of_the_folder)
     assert result.exit_code == 1
-    assert outcomes(result)[0] == "failed"
-    assert outcomes(result)[-1] == "skipped"
+    assert live.outcomes(result)[0] == "failed"
+    assert live.outcomes(result)[-1] == "skipped"
     rescued = sorted(rescue_folder.iterdir())
     assert len(rescued) == len(api.requests) < 8
-    assert {size_of(name) for name in rescued} == {(64, 64)}
-    first = lines(result)[0]
+    assert {live.size_of(name) for name in rescued} == {(64, 64)}
+    first = live.lines(result)[0]
     assert "out/001-job-1.png" in first
     assert str(rescued[0]) in first
     failure = next(line["error"] for line in result.json_lines if line["job"] == 1)
@@ -152,15 +153,17 @@ def test_an_image_that_cannot_be_saved_anywhere_is_said_to_be_lost(
 ) -> None:
     rescue_folder.write_text("in the way")
     Path("out").mkdir()
-    assert "lost" in error(run_held(run, api, batch(1), act=a_file_in_place_of_the_folder))
+    assert "lost" in live.error(
+        live.run_held(run, api, live.batch(1), act=a_file_in_place_of_the_folder)
+    )
 
 
 def test_a_copy_that_cannot_be_written_keeps_the_original(run: Run, api: ImagesAPI) -> None:
-    argv = generate("--force", "--downscale-max-dim", 32, "--json")
-    result = run_held(run, api, argv, act=Path("fox-web.png").mkdir)
-    assert "fox-web.png" in error(result)
-    assert size_of("fox.png") == (64, 64)
-    assert names(".") == ["fox-web.png", "fox.png"]
+    argv = live.generate("--force", "--downscale-max-dim", 32, "--json")
+    result = live.run_held(run, api, argv, act=Path("fox-web.png").mkdir)
+    assert "fox-web.png" in live.error(result)
+    assert live.size_of("fox.png") == (64, 64)
+    assert live.names(".") == ["fox-web.png", "fox.png"]
     assert result.json["error"]["kind"] == "downscale"
 
 
@@ -171,7 +174,7 @@ def test_a_full_disk_leaves_no_partial_file_and_stops_the_run(api: ImagesAPI, li
     fitting = 0 if limit == 1000 else 2
     api.script(*[ok()] * 2, image_bytes(lambda _: big), repeat=True)
     ended = subprocess.run(
-        command(tuple(batch(10, "--concurrency", 1))),
+        command(tuple(live.batch(10, "--concurrency", 1))),
         # No file may grow beyond this: a full disk for anyone, root included.
         preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit)),
         capture_output=True,
@@ -182,7 +185,7 @@ def test_a_full_disk_leaves_no_partial_file_and_stops_the_run(api: ImagesAPI, li
     assert ended.returncode == 1
     assert "Traceback" not in ended.stderr
     assert "003-job-3.png could not be written" in ended.stderr or fitting == 0
-    assert names() == images(*range(1, fitting + 1))
+    assert live.names() == live.images(*range(1, fitting + 1))
     assert fitting < len(api.requests) < 10
     assert f"{10 - len(api.requests)} jobs " in ended.stderr
 
@@ -192,13 +195,13 @@ def test_a_process_that_is_killed_while_it_writes_leaves_no_partial_image(
 ) -> None:
     picture = encoded(Image.effect_noise((800, 800), 80))
     api.script(*[image_bytes(lambda _: picture)] * 24)
-    argv = batch(12, "--concurrency", 5)
+    argv = live.batch(12, "--concurrency", 5)
     process = start_process(*argv)
     api.wait_for_answers(5, timeout=30)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    for name in names():
+    for name in live.names():
         if name.endswith(".png"):
             assert Path("out", name).read_bytes() == picture
     assert run(*argv, "--skip-existing").exit_code == 0
-    assert [name for name in names() if name.endswith(".png")] == images(*range(1, 13))
+    assert [name for name in live.names() if name.endswith(".png")] == live.images(*range(1, 13))

@@ -1,38 +1,16 @@
-"""How the tests of the first half call the CLI, make its inputs and read what it says."""
+"""Dry runs: how the tests call them, and what they read of what is shown or refused."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from PIL import Image
+from inputs import job_file
 
 if TYPE_CHECKING:
     from conftest import Result, Run
-
-Document = dict[str, Any]
-Job = Document | list[object] | str | bytes | int | None
-
-
-def picture(name: str, mode: str = "RGB", size: tuple[int, int] = (64, 64)) -> str:
-    """An image file in the current directory, in the format of its suffix."""
-    Path(name).parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size).save(name)
-    return name
-
-
-def job_file(*jobs: Job, end: bytes = b"\n") -> str:
-    """A file of jobs: text and bytes as they are, anything else as JSON."""
-    lines = [job if isinstance(job, str | bytes) else json.dumps(job) for job in jobs]
-    encoded = [line if isinstance(line, bytes) else line.encode() for line in lines]
-    Path("jobs.jsonl").write_bytes(end.join(encoded) + end)
-    return "jobs.jsonl"
-
-
-def flag(key: str) -> str:
-    """The flag of a JSONL key."""
-    return "--" + key.replace("_", "-")
+    from inputs import Job, Json
 
 
 def generate(run: Run, *argv: str, prompt: str = "a fox") -> Result:
@@ -51,7 +29,7 @@ def batch(run: Run, *jobs: Job, flags: tuple[str, ...] = ()) -> Result:
     return run("generate-batch", "--input", job_file(*jobs), *out_dir, "--dry-run", *flags)
 
 
-def documents(result: Result) -> list[Document]:
+def documents(result: Result) -> list[Json]:
     """What a dry run that is accepted prints."""
     assert "Error: " not in result.stderr
     assert "Traceback" not in result.stderr
@@ -64,7 +42,7 @@ def documents(result: Result) -> list[Document]:
     return found
 
 
-def document(result: Result) -> Document:
+def document(result: Result) -> Json:
     """The same, where it is one."""
     (only,) = documents(result)
     return only
