@@ -3,58 +3,24 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import socket
-import subprocess
 import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from cli import Result, command, finished, started
 from images_api import PROXIES, ImagesAPI
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+    from cli import Run, Start
+
 LOOPBACK = {"127.0.0.1", "::1", "localhost", b"127.0.0.1", b"localhost", "", None}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What a run of the CLI left behind."""
-
-    exit_code: int
-    stdout: str
-    stderr: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        """stdout as one JSON document."""
-        document: dict[str, Any] = json.loads(self.stdout)
-        return document
-
-    @property
-    def json_lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.stdout.splitlines()]
-
-
-class Run(Protocol):
-    """Runs the CLI with these arguments; `stdin` is what it reads, `env` is set on top."""
-
-    def __call__(
-        self, *argv: str | Path, stdin: bytes = b"", env: Mapping[str, str] | None = None
-    ) -> Result: ...
-
-
-class Start(Protocol):
-    """Starts the CLI as a process that is killed at the end of the test if it is still there."""
-
-    def __call__(
-        self, *argv: str | Path, env: Mapping[str, str] | None = None
-    ) -> subprocess.Popen[str]: ...
 
 
 @pytest.fixture(autouse=True)
@@ -129,19 +95,7 @@ def run_process() -> Run:
     def run_process(
         *argv: str | Path, stdin: bytes = b"", env: Mapping[str, str] | None = None
     ) -> Result:
-        ended = subprocess.run(
-            command(argv),
-            input=stdin,
-            capture_output=True,
-            env=os.environ | dict(env or {}),
-            timeout=120,
-            check=False,
-        )
-        return Result(
-            exit_code=ended.returncode,
-            stdout=ended.stdout.decode(),
-            stderr=ended.stderr.decode(),
-        )
+        return finished(command(*argv), input=stdin, env=os.environ | dict(env or {}))
 
     return run_process
 
@@ -149,27 +103,12 @@ def run_process() -> Run:
 @pytest.fixture
 def start_process() -> Iterator[Start]:
     """The CLI as a process that the test talks to while it runs."""
-    started: list[subprocess.Popen[str]] = []
+    with ExitStack() as stack:
 
-    def start_process(
-        *argv: str | Path, env: Mapping[str, str] | None = None
-    ) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            command(argv),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | dict(env or {}),
-        )
-        started.append(process)
-        return process
+        def start_process(
+            *argv: str | Path, env: Mapping[str, str] | None = None
+        ) -> subprocess.Popen[str]:
+            process = started(command(*argv), env=os.environ | dict(env or {}))
+            return stack.enter_context(process)
 
-    yield start_process
-    for process in started:
-        with process:
-            process.kill()
-
-
-def command(argv: tuple[str | Path, ...]) -> list[str]:
-    return [sys.executable, str(SCRIPTS / "image_gen.py"), *map(str, argv)]
+        yield start_process

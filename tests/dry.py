@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from inputs import job_file
 
 if TYPE_CHECKING:
-    from conftest import Result, Run
+    from cli import Result, Run
     from inputs import Job, Json
 
 

@@ -77,6 +77,9 @@ except ModuleNotFoundError as missing:
 
 Json = dict[str, Any]
 
+# Seconds after which a wait for an event counts as hanging, however busy the machine may be.
+PATIENCE = 120.0
+
 IMAGES = "POST /v1/images/"
 GENERATIONS = "POST /v1/images/generations"
 EDITS = "POST /v1/images/edits"
@@ -1468,12 +1471,12 @@ class ImagesAPI:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        self._loop = self._ready.result(timeout=30)
+        self._loop = self._ready.result(PATIENCE)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(timeout=30)
+        self._thread.join(PATIENCE)
         self._artist.shutdown()
         if self._crash:
             raise self._crash  # a mistake of this file must not pass for a fault of the network
@@ -1495,18 +1498,20 @@ class ImagesAPI:
         variables = {"OPENAI_BASE_URL": self.base_url, "OPENAI_API_KEY": KEY}
         return variables | dict.fromkeys(PROXIES, "") | {"NO_PROXY": "*", "no_proxy": "*"}
 
-    def wait_until(self, condition: Callable[[list[Request]], bool], timeout: float = 10) -> None:
+    def wait_until(
+        self, condition: Callable[[list[Request]], bool], timeout: float = PATIENCE
+    ) -> None:
         """Waits until the record of requests satisfies the condition."""
         with self._changed:
             if not self._changed.wait_for(lambda: condition(self._requests), timeout):
                 statuses = [request.status for request in self._requests]
                 raise TimeoutError(f"not within {timeout} s; statuses so far: {statuses}")
 
-    def wait_for_requests(self, count: int, timeout: float = 10) -> None:
+    def wait_for_requests(self, count: int, timeout: float = PATIENCE) -> None:
         """Waits until so many requests for images have arrived."""
         self.wait_until(lambda all_: sum(r.is_for_images for r in all_) >= count, timeout)
 
-    def wait_for_answers(self, count: int, timeout: float = 10) -> None:
+    def wait_for_answers(self, count: int, timeout: float = PATIENCE) -> None:
         """Waits until so many requests for images have been answered."""
         self.wait_until(
             lambda all_: sum(r.is_for_images and bool(r.status) for r in all_) >= count, timeout

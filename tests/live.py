@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from conftest import Result, Run
+    from cli import Result, Run
     from images_api import ImagesAPI
     from inputs import Job
 

@@ -36,7 +36,7 @@ from test_run import mixed_jobs
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from conftest import Result, Run, Start
+    from cli import Result, Run, Start
     from images_api import ImagesAPI, Lines, Ordinary, Reply
 
 Json = dict[str, Any]
@@ -458,12 +458,12 @@ def test_a_second_process_is_refused_and_ctrl_c_leaves_the_batches_running(
     api.plan_batch(GOES_ON)
     argv = queued(2)
     first = start_process(*argv)
-    api.wait_until(lambda requests: any(request.route == POLL for request in requests), 30)
+    api.wait_until(lambda requests: any(request.route == POLL for request in requests))
     second = run(*argv)
     assert (second.exit_code, second.stdout) == (2, "")
     assert "another process" in live.lines(second)[0]
     first.send_signal(signal.SIGINT)
-    stdout, stderr = first.communicate(timeout=10)
+    stdout, stderr = first.communicate()
     assert (first.returncode, stdout) == (130, "")
     assert "Traceback" not in stderr
     assert "paid for" not in stderr

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import image_gen
 import live
 import pytest
-from conftest import SCRIPTS
-from images_api import Answer, BatchPlan
+from cli import SCRIPTS
+from images_api import PATIENCE, Answer, BatchPlan
 from inputs import job_file, picture
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class Lives:
         self.process = FORKS.Process(target=run_to_death, args=arguments, daemon=True)
         self.process.start()
         self.started.set()
-        self.process.join(timeout=30)
+        self.process.join(timeout=PATIENCE)
         assert "Traceback" not in Path("log.txt").read_text()
         assert self.process.exitcode is not None
         return self.process.exitcode
@@ -140,7 +140,7 @@ class Lives:
         yield body[len(body) // 2 :]
 
     def send(self, number: signal.Signals) -> None:
-        self.started.wait(timeout=10)
+        self.started.wait(PATIENCE)
         assert self.process.pid
         os.kill(self.process.pid, number)
 

@@ -13,7 +13,7 @@ from inputs import encoded
 from PIL import Image, ImageChops
 
 if TYPE_CHECKING:
-    from conftest import Result, Run
+    from cli import Result, Run
     from images_api import ImagesAPI
 
 COLOURS = [(200, 30, 30), (30, 160, 30), (30, 30, 200), (200, 160, 30)]

@@ -31,7 +31,7 @@ from inputs import encoded
 from PIL import Image, ImageCms
 
 if TYPE_CHECKING:
-    from conftest import Run
+    from cli import Run
     from images_api import ImagesAPI, Reply
 
 

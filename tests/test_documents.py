@@ -7,7 +7,6 @@ import importlib
 import json
 import os
 import re
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 import image_gen
 import pytest
 import remove_chroma_key
-from conftest import SCRIPTS
+from cli import SCRIPTS, finished
 from images_api import forbidden, moderation_blocked, no_answer, rate_limited
 from openai.types import ImageModel
 from PIL import Image
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator, Mapping
 
-    from conftest import Run
+    from cli import Run
     from images_api import ImagesAPI
 
 ROOT = SCRIPTS.parent
@@ -150,7 +149,7 @@ class Reader:
     def shell(self, command: str) -> list[list[str]]:
         """Run the command as a script; return what it wanted Python to run."""
         self.calls.write_bytes(b"")
-        ended = subprocess.run(
+        ended = finished(
             ["bash", "-euo", "pipefail", "-c", f"{SETUP}\n{command}\nwait"],
             cwd=self.clone,
             env={
@@ -158,12 +157,8 @@ class Reader:
                 "HOME": str(self.home),
                 "CALLS": str(self.calls),
             },
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
         )
-        assert ended.returncode == 0, f"{command}\n{ended.stderr}"
+        assert ended.exit_code == 0, f"{command}\n{ended.stderr}"
         calls = self.calls.read_bytes().decode().split("\1\0")[:-1]
         return [call.split("\0")[:-1] for call in calls]
 
@@ -267,9 +262,8 @@ def test_ci_runs_the_commands_of_the_readme_and_the_checks_of_the_code(reader: R
 
 def test_the_first_command_of_the_readme_prints_what_the_readme_shows(reader: Reader) -> None:
     command = blocks("README.md", "bash")[0].code.rsplit("&& .venv/bin/python ", 1)[1]
-    ended = subprocess.run(
-        f"{sys.executable} {command}", shell=True, capture_output=True, text=True, check=True
-    )
+    ended = finished(["sh", "-c", f"{sys.executable} {command}"])
+    assert ended.exit_code == 0, ended.stderr
 
     def without_figures(text: str) -> str:
         return re.sub(r"\d[\d,.]*", "#", text)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import dry
 import pytest
-from conftest import command
+from cli import command, finished
 from image_gen import probe_file
 from inputs import Json, job_file, picture
 
 if TYPE_CHECKING:
-    from conftest import Run
+    from cli import Run
     from images_api import ImagesAPI, Request
 
 NOT_SENT = {"endpoint", "outputs", "outputs_downscaled", "job", "image", "mask"}
@@ -217,10 +216,10 @@ def test_a_dry_run_needs_no_package_and_no_key_and_leaves_the_disk_alone(argv: l
     job_file("a fox", {"prompt": "a cat", "image": "room.png"})
     before = dry.files()
     # Without site-packages; -X importtime names every module that is imported.
-    bare = [sys.executable, "-I", "-S", "-X", "importtime", *command(tuple(argv))[1:], "--dry-run"]
-    ended = subprocess.run(bare, capture_output=True, text=True, env={}, check=False)
+    bare = [sys.executable, "-I", "-S", "-X", "importtime", *command(*argv)[1:], "--dry-run"]
+    ended = finished(bare, env={})
     imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}
-    assert ended.returncode == 0
+    assert ended.exit_code == 0
     assert '"endpoint"' in ended.stdout
     assert not {"openai", "PIL", "numpy", "asyncio", "socket", "ssl"} & imported
     assert dry.files() == before

@@ -15,7 +15,7 @@ from image_gen import JOB_OPTIONS, PROMPT_FIELDS, whole_number
 from inputs import Json, flag, job_file, picture
 
 if TYPE_CHECKING:
-    from conftest import Result, Run
+    from cli import Result, Run
     from images_api import ImagesAPI
 
 MILLION = 1_000_000

@@ -8,7 +8,6 @@ import io
 import json
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -20,7 +19,8 @@ import aiohttp
 import images_api
 import openai
 import pytest
-from images_api import ImagesAPI, RateLimit
+from cli import finished, started
+from images_api import PATIENCE, ImagesAPI, RateLimit
 from openai import AsyncOpenAI
 from openai.types import ImagesResponse
 from PIL import Image
@@ -28,6 +28,7 @@ from PIL import Image
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from cli import Result
     from openai.types import Batch
 
 PROGRAM = Path(images_api.__file__)
@@ -38,7 +39,7 @@ T = TypeVar("T")
 def with_sdk(api: ImagesAPI, work: Callable[[AsyncOpenAI], Awaitable[T]]) -> T:
     async def call() -> T:
         async with AsyncOpenAI(
-            base_url=api.base_url, api_key=images_api.KEY, max_retries=0, timeout=20
+            base_url=api.base_url, api_key=images_api.KEY, max_retries=0, timeout=PATIENCE
         ) as sdk:
             return await work(sdk)
 
@@ -468,7 +469,7 @@ def test_the_server_ends_while_a_request_is_held() -> None:
         thread = threading.Thread(target=ask_in_vain, args=(server,))
         thread.start()
         server.wait_for_requests(1)
-    thread.join(timeout=10)
+    thread.join(PATIENCE)
     assert not thread.is_alive()
 
 
@@ -987,14 +988,8 @@ def test_a_connection_that_would_leave_the_machine_fails_the_test() -> None:
 # The program
 
 
-def program(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(PROGRAM), *words],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+def program(*words: str) -> Result:
+    return finished([sys.executable, str(PROGRAM), *words])
 
 
 def test_the_program_points_a_command_at_the_server_and_returns_its_exit_code(
@@ -1006,7 +1001,7 @@ def test_the_program_points_a_command_at_the_server_and_returns_its_exit_code(
         "raise SystemExit(7)"
     )
     ended = program("--log", str(log), "--pictures", "flat", "--", "python", "-c", script)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (7, "", "")
+    assert (ended.exit_code, ended.stdout, ended.stderr) == (7, "", "")
     assert '"status": 200' in log.read_text()
 
 
@@ -1020,39 +1015,37 @@ def test_the_program_limits_as_it_is_told() -> None:
 
 
 def test_the_program_refuses_a_limit_that_is_none() -> None:
-    assert program("--limit", "20").returncode == 2
+    assert program("--limit", "20").exit_code == 2
 
 
 def test_a_command_that_does_not_exist_is_one_sentence_and_127() -> None:
     ended = program("--", "no-such-command")
-    assert ended.returncode == 127
+    assert ended.exit_code == 127
     assert ended.stderr.startswith("Error: cannot run no-such-command")
 
 
 def test_sigterm_is_passed_on_to_the_command() -> None:
     script = "import time; print('ready', flush=True); time.sleep(60)"
     words = [sys.executable, str(PROGRAM), "--", "python", "-c", script]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+    with started(words) as process:
         assert process.stdout
         assert process.stdout.readline() == "ready\n"
         process.terminate()
-        assert process.wait(timeout=10) == 128 + signal.SIGTERM
+        assert process.wait() == 128 + signal.SIGTERM
 
 
 def test_without_a_command_the_program_serves_until_ctrl_c() -> None:
     words = [sys.executable, str(PROGRAM)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+    with started(words) as process:
         assert process.stdout
         line = process.stdout.readline()
         assert line.startswith("export OPENAI_BASE_URL=http://127.0.0.1:")
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=10) == 0
+        assert process.wait() == 0
 
 
 def test_a_missing_package_is_one_sentence_with_the_command_that_installs_it() -> None:
-    ended = subprocess.run(
-        [sys.executable, "-I", "-S", str(PROGRAM)], capture_output=True, text=True, check=False
-    )
-    assert ended.returncode == 1
+    ended = finished([sys.executable, "-I", "-S", str(PROGRAM)])
+    assert ended.exit_code == 1
     assert ended.stderr.count("\n") == 1
     assert "python -m pip install" in ended.stderr

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import live
 import pytest
+from cli import heard
 from images_api import rate_limited, server_error
 
 if TYPE_CHECKING:
     import subprocess
 
-    from conftest import Run, Start
+    from cli import Run, Start
     from images_api import ImagesAPI, Reply
 
 either_signal = pytest.mark.parametrize(
@@ -22,19 +23,9 @@ either_signal = pytest.mark.parametrize(
 HINT = "--skip-existing"
 
 
-def heard(process: subprocess.Popen[str], text: str) -> None:
-    """Reads stderr up to a line with this text."""
-    assert process.stderr
-    said = ""
-    while text not in said:
-        line = process.stderr.readline()
-        assert line, said
-        said += line
-
-
 def ended(process: subprocess.Popen[str]) -> tuple[int, list[str], list[str]]:
     """The exit code and the lines of stdout and stderr."""
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate()
     assert "Traceback" not in err
     return process.returncode, out.splitlines(), err.splitlines()
 

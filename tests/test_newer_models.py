@@ -17,7 +17,7 @@ import image_gen
 import live
 import pytest
 from image_gen import FORMATS, JOB_OPTIONS, PAYLOAD_KEYS, RANGES, probe
-from images_api import Answer, answer_cut, changed, image_bytes, redrawn, stream_cut, told
+from images_api import PATIENCE, Answer, answer_cut, changed, image_bytes, redrawn, stream_cut, told
 from inputs import Job, encoded, flag, picture
 from openai.types import ImageEditParams, ImageGenerateParams, ImageModel
 from PIL import Image, ImageSequence
@@ -26,7 +26,7 @@ from test_documents import table
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from conftest import Result, Run, Start
+    from cli import Result, Run, Start
     from images_api import ImagesAPI, Reply
 
 Json = dict[str, Any]
@@ -605,7 +605,7 @@ def held_after(count: int, gate: threading.Event) -> Reply:
 
     def hold(chunks: list[bytes]) -> Iterator[bytes]:
         yield from chunks[:count]
-        gate.wait(10)
+        gate.wait(PATIENCE)
         yield from chunks[count:]
 
     return events(hold)
@@ -622,7 +622,7 @@ def test_a_draft_is_on_disk_while_the_request_is_open_and_goes_when_the_image_is
     assert (made(), process.poll(), gate.is_set()) == (drafts(1), None, False)
     assert live.size_of("fox.partial-1.png") == (64, 64)
     gate.set()
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate()
     assert (process.returncode, stdout) == (0, "Wrote fox.png\n"), stderr
     assert stderr.startswith("draft 2: fox.partial-2.png\n")
     assert made() == ["fox.png"]

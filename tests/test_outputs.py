@@ -11,7 +11,7 @@ from image_gen import slugify
 from inputs import picture
 
 if TYPE_CHECKING:
-    from conftest import Run
+    from cli import Run
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import dry
 import image_gen
 import pytest
-from conftest import Result, command
+from cli import command, finished
 from image_gen import MAX_IMAGE_BYTES, MAX_IMAGES, MAX_MASK_BYTES, MAX_NAME_BYTES
 from inputs import Job, flag, job_file, picture
 from PIL import Image
@@ -20,7 +19,7 @@ from PIL import Image
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from conftest import Run
+    from cli import Result, Run
     from images_api import ImagesAPI
 
 NOBODY = 65534
@@ -626,10 +625,8 @@ def test_a_dry_run_needs_no_key(run: Run) -> None:
 
 def without_packages(*argv: str, **environment: str) -> Result:
     """A live run in a Python that has the standard library only."""
-    bare = [sys.executable, "-I", "-S", *command(argv)[1:]]
-    env = os.environ | {"OPENAI_API_KEY": "sk-dummy"} | environment
-    ended = subprocess.run(bare, capture_output=True, text=True, env=env, check=False)
-    return Result(exit_code=ended.returncode, stdout=ended.stdout, stderr=ended.stderr)
+    bare = [sys.executable, "-I", "-S", *command(*argv)[1:]]
+    return finished(bare, env=os.environ | {"OPENAI_API_KEY": "sk-dummy"} | environment)
 
 
 @pytest.mark.parametrize(

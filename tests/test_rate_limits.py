@@ -12,7 +12,7 @@ import pytest
 from images_api import RateLimit, rate_limited, server_error
 
 if TYPE_CHECKING:
-    from conftest import Result, Run
+    from cli import Result, Run
     from images_api import HeaderForm, ImagesAPI
 
 

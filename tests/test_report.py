@@ -6,18 +6,17 @@ import contextlib
 import json
 import os
 import re
-import select
 import subprocess
 from typing import TYPE_CHECKING, Any
 
 import image_gen
 import live
 import pytest
-from conftest import command
+from cli import command, started
 from images_api import KEY, document, html, moderation_blocked, rate_limited, status, unauthorized
 
 if TYPE_CHECKING:
-    from conftest import Run, Start
+    from cli import Run, Start
     from images_api import ImagesAPI, Reply
 
 IMAGE_KEYS = {"path", "bytes", "width", "height", "format", "alpha"}
@@ -94,7 +93,7 @@ def test_a_line_is_written_as_soon_as_its_job_ends(start_process: Start, api: Im
     first = json.loads(process.stdout.readline())  # the other job is still in flight
     assert first["status"] == "done"
     api.release()
-    assert json.loads(process.communicate(timeout=20)[0])["job"] == 3 - first["job"]
+    assert json.loads(process.communicate()[0])["job"] == 3 - first["job"]
 
 
 def test_a_prompt_of_any_characters_stays_one_line(run: Run, api: ImagesAPI) -> None:
@@ -138,18 +137,16 @@ def test_without_a_terminal_there_are_no_control_characters(run: Run, api: Image
 def on_a_terminal(argv: list[str], api: ImagesAPI, until: str) -> tuple[str, int]:
     """What a terminal receives from the CLI; requests are held until it has shown a text."""
     ours, theirs = os.openpty()
-    with subprocess.Popen(
-        command(tuple(argv)), stdout=subprocess.DEVNULL, stderr=theirs, stdin=subprocess.DEVNULL
-    ) as process:
+    with started(command(*argv), stdout=subprocess.DEVNULL, stderr=theirs) as process:
         os.close(theirs)
         shown = ""
         with contextlib.suppress(OSError):  # the other end is closed
-            while select.select([ours], [], [], 20)[0]:
-                shown += os.read(ours, 4096).decode()
+            while chunk := os.read(ours, 4096):
+                shown += chunk.decode()
                 if re.search(until, shown):
                     api.release()
         os.close(ours)
-    return shown, process.returncode
+        return shown, process.wait()
 
 
 def test_a_terminal_gets_a_status_line_that_is_kept_up_to_date(api: ImagesAPI) -> None:
@@ -180,7 +177,7 @@ def test_a_reader_of_stdout_that_goes_loses_no_image(
     process.stdout.close()
     assert process.stderr
     said = process.stderr.read()
-    assert process.wait(timeout=20) == 0
+    assert process.wait() == 0
     assert "Traceback" not in said
     assert "BrokenPipe" not in said
     assert live.names() == live.images(1, 2, 3, 4, 5)
@@ -193,7 +190,7 @@ def test_a_reader_of_stderr_that_goes_loses_no_image(start_process: Start, api: 
     process.stderr.close()
     assert process.stdout
     assert len(process.stdout.read().splitlines()) == 5
-    process.wait(timeout=20)
+    process.wait()
     assert live.names() == live.images(1, 2, 3, 4, 5)
     assert len(api.requests) == 5
 

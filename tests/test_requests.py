@@ -11,7 +11,7 @@ from image_gen import MAX_JOBS, MAX_PROMPT_CHARACTERS, PROMPT_FIELDS, compose_pr
 from inputs import Job, flag, picture
 
 if TYPE_CHECKING:
-    from conftest import Run
+    from cli import Run
 
 LABELS = [
     ("use_case", "Use case: {}"),

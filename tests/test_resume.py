@@ -12,7 +12,7 @@ from images_api import fewer_images, moderation_blocked, no_data, server_error
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from conftest import Run
+    from cli import Run
     from images_api import ImagesAPI
     from inputs import Job
 

@@ -13,7 +13,7 @@ from images_api import moderation_blocked
 from inputs import picture
 
 if TYPE_CHECKING:
-    from conftest import Run
+    from cli import Run
     from images_api import ImagesAPI, Request
 
 FORMATS = ("png", "jpeg", "webp")

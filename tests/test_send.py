@@ -29,7 +29,7 @@ from images_api import (
 from inputs import picture
 
 if TYPE_CHECKING:
-    from conftest import Run
+    from cli import Run
     from images_api import ImagesAPI, Reply
 
 pytestmark = pytest.mark.usefixtures("short_back_off")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import subprocess
 import tempfile
 import threading
 from functools import partial
@@ -15,13 +14,13 @@ from typing import TYPE_CHECKING
 import image_gen
 import live
 import pytest
-from conftest import command
+from cli import command, finished
 from images_api import image_bytes, ok
 from inputs import encoded
 from PIL import Image
 
 if TYPE_CHECKING:
-    from conftest import Run, Start
+    from cli import Run, Start
     from images_api import ImagesAPI
 
 
@@ -173,16 +172,12 @@ def test_a_full_disk_leaves_no_partial_file_and_stops_the_run(api: ImagesAPI, li
     assert len(big) > 40_000
     fitting = 0 if limit == 1000 else 2
     api.script(*[ok()] * 2, image_bytes(lambda _: big), repeat=True)
-    ended = subprocess.run(
-        command(tuple(live.batch(10, "--concurrency", 1))),
+    ended = finished(
+        command(*live.batch(10, "--concurrency", 1)),
         # No file may grow beyond this: a full disk for anyone, root included.
         preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit)),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
     )
-    assert ended.returncode == 1
+    assert ended.exit_code == 1
     assert "Traceback" not in ended.stderr
     assert "003-job-3.png could not be written" in ended.stderr or fitting == 0
     assert live.names() == live.images(*range(1, fitting + 1))
@@ -197,7 +192,7 @@ def test_a_process_that_is_killed_while_it_writes_leaves_no_partial_image(
     api.script(*[image_bytes(lambda _: picture)] * 24)
     argv = live.batch(12, "--concurrency", 5)
     process = start_process(*argv)
-    api.wait_for_answers(5, timeout=30)
+    api.wait_for_answers(5)
     process.send_signal(signal.SIGKILL)
     process.wait()
     for name in live.names():
