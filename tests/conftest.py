@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from cli import Result, command, finished, started
 from images_api import PROXIES, ImagesAPI
+from live import shorten_waits
 
 if TYPE_CHECKING:
     import subprocess
@@ -56,6 +57,20 @@ def own_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         if name.startswith("OPENAI_") or name.upper() in {*PROXIES, "NO_PROXY"}:
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def short_waits() -> Iterator[pytest.MonkeyPatch]:
+    """Runs in this process wait for next to nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        shorten_waits(patch)
+        yield patch
+
+
+@pytest.fixture
+def real_waits(short_waits: pytest.MonkeyPatch) -> None:
+    """For a test of how long a user waits."""
+    short_waits.undo()
 
 
 @pytest.fixture

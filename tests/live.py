@@ -6,6 +6,7 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
+import image_gen
 from inputs import job_file
 from PIL import Image
 
@@ -13,9 +14,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    import pytest
     from cli import Result, Run
     from images_api import ImagesAPI
     from inputs import Job
+
+
+def shorten_waits(patch: pytest.MonkeyPatch) -> None:
+    """No run of this process waits for longer than a test needs."""
+    patch.setattr(image_gen, "BACK_OFF_SECONDS", 0.01)
+    patch.setattr(image_gen, "POLL_SECONDS", 0.005)
+    patch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    # Half the time of a run: nobody cuts the power or speaks TLS here.
+    patch.setattr("os.fsync", lambda _: None)
+    patch.setattr("ssl.SSLContext.load_verify_locations", lambda *_, **__: None)
 
 
 def prompts(count: int) -> list[str]:

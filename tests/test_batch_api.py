@@ -55,16 +55,6 @@ AT_ONCE = {"retry-after-ms": "1"}
 STRAY = b"what nobody asked for"
 
 
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_gen, "POLL_SECONDS", 0.005)
-    monkeypatch.setattr(image_gen, "BACK_OFF_SECONDS", 0.01)
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
-    # Half the time of a run: nobody cuts the power or speaks TLS here.
-    monkeypatch.setattr("os.fsync", lambda _: None)
-    monkeypatch.setattr("ssl.SSLContext.load_verify_locations", lambda *_, **__: None)
-
-
 def queued(jobs: int | Sequence[Job], *flags: object) -> list[str]:
     """The command line of a run through the Batch API, into the folder out."""
     return live.batch(jobs, "--batch-api", *flags)
@@ -582,6 +572,7 @@ def test_results_are_collected_although_the_inputs_are_gone(run: Run, api: Image
     assert (len(api.batches), made()) == (1, ["001-b.png"])
 
 
+@pytest.mark.usefixtures("real_waits")
 def test_polls_back_off_from_five_seconds_to_sixty_and_show_the_counts(
     run: Run, api: ImagesAPI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -590,7 +581,6 @@ def test_polls_back_off_from_five_seconds_to_sixty_and_show_the_counts(
     async def sleep(_: image_gen.Halt, seconds: float) -> None:
         delays.append(seconds)
 
-    monkeypatch.setattr(image_gen, "POLL_SECONDS", 5.0)
     monkeypatch.setattr(image_gen.Halt, "sleep", sleep)
     api.plan_batch(BatchPlan(states=("in_progress",) * 12 + ("finalizing", "completed")))
     result = run(*queued(4))

@@ -216,9 +216,8 @@ def draw_inputs(page: str) -> None:
 
 @pytest.mark.parametrize("page", TEXT)
 def test_every_command_of_a_page_runs_dry_and_live(
-    page: str, reader: Reader, api: ImagesAPI, monkeypatch: pytest.MonkeyPatch
+    page: str, reader: Reader, api: ImagesAPI
 ) -> None:
-    monkeypatch.setattr(image_gen, "POLL_SECONDS", 0.01)
     draw_inputs(page)
     for block in blocks(page, "bash"):
         for call in reader.shell(block.code):

@@ -38,11 +38,6 @@ OLD = ["gpt-image-2", "gpt-image-2-2026-04-21", "gpt-image-1.5", "gpt-image-1-mi
 
 
 @pytest.fixture(autouse=True)
-def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_gen, "BACK_OFF_SECONDS", 0.01)
-
-
-@pytest.fixture(autouse=True)
 def pictures() -> None:
     """The first image of the edits, and what can lie over it."""
     picture("room.png")

@@ -32,13 +32,7 @@ if TYPE_CHECKING:
     from cli import Run
     from images_api import ImagesAPI, Reply
 
-pytestmark = pytest.mark.usefixtures("short_back_off")
 NO_MONEY = sorted(image_gen.NO_MONEY_CODES)
-
-
-@pytest.fixture
-def short_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_gen, "BACK_OFF_SECONDS", 0.01)
 
 
 class Fault(NamedTuple):
@@ -145,9 +139,9 @@ def test_a_server_error_is_retried_when_the_server_says(
     assert second.started - (first.ended or 0) >= 0.29
 
 
+@pytest.mark.usefixtures("real_waits")
 def test_back_off_grows_with_full_jitter_up_to_its_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("random.uniform", lambda _low, high: high)
-    monkeypatch.setattr(image_gen, "BACK_OFF_SECONDS", 0.5)
     verdict = image_gen.Verdict("retry", image_gen.Failure("server", ""))
     delays = [image_gen.retry_delay(verdict, attempt) for attempt in range(1, 10)]
     assert delays == [0.5, 1, 2, 4, 8, 16, 30, 30, 30]
