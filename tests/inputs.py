@@ -38,3 +38,37 @@ def job_file(*jobs: Job, end: bytes = b"\n") -> str:
 def flag(key: str) -> str:
     """The flag of a JSONL key."""
     return "--" + key.replace("_", "-")
+
+
+def mixed_jobs() -> list[Job]:
+    """Jobs of all kinds, with the pictures that they name."""
+    room, chair, mask = picture("room.png"), picture("chair.jpg"), picture("mask.png", "RGBA")
+    old = {"model": "gpt-image-1.5", "size": "1024x1024", "background": "transparent"}
+    formats = ("png", "jpeg", "webp")
+    return [
+        "plain text",
+        '"a JSON string"',
+        {"prompt": "object"},
+        {"prompt": "  stripped  ", "scene": " fog ", "fields": {"style": "ink", "scene": "sun"}},
+        {"prompt": "nulls", "n": None, "size": None, "scene": None},
+        {"prompt": 'quotes " and 🦊 and \u2028', "text": 'say "hi"'},
+        {"prompt": "variants", "n": 3},
+        *({"prompt": f"two {name}", "output_format": name, "n": 2} for name in formats),
+        {"prompt": "named", "out": "sub/hero"},
+        {"prompt": "webp by its name", "out": "named.webp"},
+        {"prompt": "jpeg", "output_format": "JPG", "output_compression": 0},
+        {"prompt": "packed", "output_format": "webp", "output_compression": 40},
+        {"prompt": "size", "size": "1024x640"},
+        {"prompt": "quality", "quality": "high"},
+        {"prompt": "moderation", "moderation": "low"},
+        {"prompt": "opaque", "background": "opaque"},
+        {"prompt": "transparent", **old},
+        {"prompt": "a cutout", "model": "gpt-image-2.5-flare", "background": "transparent"},
+        {"prompt": "newer model", "model": "gpt-image-2.6-flare", "quality": "low"},
+        {"prompt": "edit", "image": room},
+        {"prompt": "masked edit", "image": room, "mask": mask},
+        {"prompt": "edit of two", "image": [room, chair], "moderation": "low"},
+        {"prompt": "masked edit of two", "image": [room, chair], "mask": mask},
+        {"prompt": "faithful edit", "image": [room], "input_fidelity": "high", **old},
+        {"prompt": "edit to jpeg", "image": room, "output_format": "jpeg", "moderation": "auto"},
+    ]

@@ -6,7 +6,7 @@ import json
 import signal
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import image_gen
 import live
@@ -30,16 +30,13 @@ from images_api import (
     token_limit_exceeded,
     unauthorized,
 )
-from inputs import Job, picture
-from test_run import mixed_jobs
+from inputs import Job, Json, mixed_jobs, picture
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from cli import Result, Run, Start
     from images_api import ImagesAPI, Lines, Ordinary, Reply
-
-Json = dict[str, Any]
 
 UPLOAD = "POST /v1/files"
 CREATE = "POST /v1/batches"
@@ -124,9 +121,8 @@ def test_a_run_leaves_and_reports_what_a_live_run_does(
     for way in ((), ("--batch-api",)):
         Path(*way, "here").mkdir(parents=True)
         monkeypatch.chdir(Path(*way, "here"))
-        for name, mode in (("room.png", "RGB"), ("chair.jpg", "RGB"), ("mask.png", "RGBA")):
-            picture(name, mode)
-        result = run(*live.batch(mixed_jobs(), *flags, *way))
+        jobs = mixed_jobs()
+        result = run(*live.batch(jobs, *flags, *way))
         records = sorted(result.json_lines, key=lambda line: line["job"])
         contents = {name: Path("out", name).read_bytes() for name in made()}
         contents["sheet"] = Path("sheet.png").read_bytes()
@@ -138,7 +134,7 @@ def test_a_run_leaves_and_reports_what_a_live_run_does(
     assert at_once[0] == in_batches[0] == 1
     assert at_once[1] == in_batches[1]
     assert at_once[2] == in_batches[2]
-    assert [line["status"] for line in at_once[1]].count("done") == 19
+    assert [line["status"] for line in at_once[1]].count("done") == len(jobs) - 1
 
 
 @pytest.mark.parametrize(
@@ -215,11 +211,10 @@ def test_fifty_thousand_jobs_are_taken_where_live_takes_five_hundred(
 
 
 def test_the_uploaded_lines_are_those_of_the_dry_run(run: Run, api: ImagesAPI) -> None:
-    for name, mode in (("room.png", "RGB"), ("chair.jpg", "RGB"), ("mask.png", "RGBA")):
-        picture(name, mode)
-    dry = run(*queued(mixed_jobs(), "--dry-run"))
+    jobs = mixed_jobs()
+    dry = run(*queued(jobs, "--dry-run"))
     assert (dry.exit_code, api.requests, live.names()) == (0, [], [])
-    assert run(*queued(mixed_jobs(), "--no-wait")).exit_code == 3
+    assert run(*queued(jobs, "--no-wait")).exit_code == 3
     contents = {f"upload of {name}": Path(name).read_bytes() for name in ("room.png", "mask.png")}
     contents["upload of chair.jpg"] = Path("chair.jpg").read_bytes()
     by_content = {content: file_id for file_id, content in contents.items()}
@@ -234,7 +229,7 @@ def test_the_uploaded_lines_are_those_of_the_dry_run(run: Run, api: ImagesAPI) -
     order = {line["custom_id"]: line for line in map(json.loads, sent.splitlines())}
     assert len(ids) == 3
     assert [order[line["custom_id"]] for line in dry.json_lines] == dry.json_lines
-    assert len(order) == len(dry.json_lines) == 20
+    assert len(order) == len(dry.json_lines) == len(jobs)
 
 
 def test_a_dry_run_of_what_is_submitted_shows_no_lines_and_refuses_what_the_run_refuses(

@@ -10,7 +10,7 @@ import re
 import sys
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import image_gen
 import pytest
@@ -18,6 +18,7 @@ import remove_chroma_key
 from cli import SCRIPTS, finished
 from images_api import forbidden, moderation_blocked, no_answer, rate_limited
 from openai.types import ImageModel
+from pages import ROOT, TEXT, blocks, first_cells, prose, table, unfenced
 from PIL import Image
 
 if TYPE_CHECKING:
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from cli import Run
     from images_api import ImagesAPI
 
-ROOT = SCRIPTS.parent
-PAGES = ("README.md", "SKILL.md", *(f"references/{p.name}" for p in ROOT.glob("references/*.md")))
-TEXT = {page: (ROOT / page).read_text(encoding="utf-8") for page in sorted(PAGES)}
 CLI, API = TEXT["references/cli.md"], TEXT["references/image-api.md"]
 
 USE_CASES = [
@@ -53,53 +51,6 @@ USE_CASES = [
     "compositing",
     "sketch-to-render",
 ]
-
-
-class Block(NamedTuple):
-    """A fenced block of a page."""
-
-    heading: str
-    language: str
-    code: str
-
-
-def blocks(page: str, language: str) -> list[Block]:
-    found, heading = [], ""
-    for match in re.finditer(
-        r"^(#+ [^\n]*)$|^```(\w+)\n(.*?)^```$", TEXT[page], re.MULTILINE | re.DOTALL
-    ):
-        if match[1]:
-            heading = match[1]
-        elif match[2] == language:
-            found.append(Block(heading, match[2], match[3]))
-    return found
-
-
-def prose(page: str) -> str:
-    """The page without its blocks, in one line."""
-    return " ".join(re.sub(r"^```.*?^```$", "", TEXT[page], flags=re.MULTILINE | re.DOTALL).split())
-
-
-def table(page: str, heading: str, number: int = 0) -> list[list[str]]:
-    """The rows of a table below a heading, without its head."""
-    section = re.search(
-        rf"^#+ {re.escape(heading)}\n(.*?)(?=^#+ |\Z)", unfenced(page), re.MULTILINE | re.DOTALL
-    )
-    assert section, f"{page} has no section {heading}"
-    tables = re.findall(r"^\|.*\n\|[-|]+\n((?:\|.*\n)+)", section[1], re.MULTILINE)
-    return [
-        [cell.strip() for cell in row.strip("|").split(" | ")]
-        for row in tables[number].splitlines()
-    ]
-
-
-def unfenced(page: str) -> str:
-    """The page without its blocks, whose comments look like headings."""
-    return re.sub(r"^```.*?^```$", "", TEXT[page], flags=re.MULTILINE | re.DOTALL)
-
-
-def first_cells(page: str, heading: str, number: int = 0) -> list[str]:
-    return [row[0].strip("`") for row in table(page, heading, number)]
 
 
 # ------------------------------------------------------------------------- the commands are run

@@ -20,8 +20,8 @@ from image_gen import FORMATS, JOB_OPTIONS, PAYLOAD_KEYS, RANGES, probe
 from images_api import PATIENCE, Answer, answer_cut, changed, image_bytes, redrawn, stream_cut, told
 from inputs import Job, encoded, flag, picture
 from openai.types import ImageEditParams, ImageGenerateParams, ImageModel
+from pages import table
 from PIL import Image, ImageSequence
-from test_documents import table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

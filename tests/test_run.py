@@ -10,7 +10,7 @@ import image_gen
 import live
 import pytest
 from images_api import moderation_blocked
-from inputs import picture
+from inputs import mixed_jobs, picture
 
 if TYPE_CHECKING:
     from cli import Run
@@ -19,36 +19,12 @@ if TYPE_CHECKING:
 FORMATS = ("png", "jpeg", "webp")
 
 
-def mixed_jobs() -> list[Any]:
-    """Twenty jobs: plain text, strings, objects, all formats, several images, and edits."""
-    return [
-        "plain text",
-        '"a JSON string"',
-        *[{"prompt": f"a {name}", "output_format": name} for name in FORMATS],
-        *[{"prompt": f"two {name}", "output_format": name, "n": 2} for name in FORMATS],
-        *[{"prompt": f"sized {n}", "size": "1024x1024", "out": f"sized-{n}"} for n in range(4)],
-        {"prompt": "a cutout", "model": "gpt-image-2.5-flare", "background": "transparent"},
-        {"prompt": "packed", "output_format": "webp", "output_compression": 40},
-        {"prompt": "with fields", "fields": {"style": "gouache"}, "lighting": "dusk"},
-        {"prompt": "let through", "moderation": "low", "quality": "low"},
-        {"prompt": "an edit", "image": "room.png"},
-        {"prompt": "two images", "image": ["room.png", "chair.jpg"], "moderation": "low"},
-        {"prompt": "masked", "image": "room.png", "mask": "mask.png"},
-        {"prompt": "faithful", "image": "room.png", "model": "gpt-image-1.5"}
-        | {"input_fidelity": "high"},
-    ]
-
-
 def as_sent(request: Request) -> dict[str, Any]:
     """A recorded request as a dry run describes it, without the files."""
     return {**request.body, "endpoint": request.path}
 
 
-def test_a_batch_of_twenty_mixed_jobs_does_what_its_dry_run_says(
-    run_process: Run, api: ImagesAPI
-) -> None:
-    for name, mode in (("room.png", "RGB"), ("chair.jpg", "RGB"), ("mask.png", "RGBA")):
-        picture(name, mode)
+def test_a_batch_of_mixed_jobs_does_what_its_dry_run_says(run_process: Run, api: ImagesAPI) -> None:
     jobs = mixed_jobs()
     argv = live.batch(jobs, "--concurrency", 5, "--downscale-max-dim", 32, "--json")
     shown = run_process(*argv, "--dry-run")
@@ -59,7 +35,7 @@ def test_a_batch_of_twenty_mixed_jobs_does_what_its_dry_run_says(
 
     result = run_process(*argv)
     assert result.exit_code == 0, result.stderr
-    assert live.outcomes(result) == ["done"] * len(jobs) == ["done"] * 20
+    assert live.outcomes(result) == ["done"] * len(jobs)
     assert sorted(files) == [f"out/{name}" for name in live.names()]
     assert 1 < api.peak_in_flight <= 5
     sent = {request.prompt: as_sent(request) for request in api.requests}
