@@ -12,6 +12,15 @@ from PIL import Image
 Json = dict[str, Any]
 Job = Json | list[object] | str | bytes | int | None
 
+FLARE = "gpt-image-2.5-flare"  # one of the newest models, which take everything
+OLDER = [
+    "gpt-image-2",
+    "gpt-image-2-2026-04-21",
+    "gpt-image-1.5",
+    "gpt-image-1-mini",
+    "gpt-image-1",
+]
+
 
 def picture(name: str, mode: str = "RGB", size: tuple[int, int] = (64, 64)) -> str:
     """An image file in the current directory, in the format of its suffix."""
@@ -40,6 +49,11 @@ def flag(key: str) -> str:
     return "--" + key.replace("_", "-")
 
 
+def as_flags(parameters: Json) -> list[str]:
+    """Parameters as words of the command line."""
+    return [word for key, value in parameters.items() for word in (flag(key), str(value))]
+
+
 def mixed_jobs() -> list[Job]:
     """Jobs of all kinds, with the pictures that they name."""
     room, chair, mask = picture("room.png"), picture("chair.jpg"), picture("mask.png", "RGBA")
@@ -63,7 +77,7 @@ def mixed_jobs() -> list[Job]:
         {"prompt": "moderation", "moderation": "low"},
         {"prompt": "opaque", "background": "opaque"},
         {"prompt": "transparent", **old},
-        {"prompt": "a cutout", "model": "gpt-image-2.5-flare", "background": "transparent"},
+        {"prompt": "a cutout", "model": FLARE, "background": "transparent"},
         {"prompt": "newer model", "model": "gpt-image-2.6-flare", "quality": "low"},
         {"prompt": "edit", "image": room},
         {"prompt": "masked edit", "image": room, "mask": mask},

@@ -30,7 +30,7 @@ from images_api import (
     token_limit_exceeded,
     unauthorized,
 )
-from inputs import Job, Json, mixed_jobs, picture
+from inputs import FLARE, Job, Json, mixed_jobs, picture
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -46,7 +46,6 @@ CANCEL = "POST /v1/batches/{batch_id}/cancel"
 DOWNLOAD = "GET /v1/files/{file_id}/content"
 
 STATE = Path("out", image_gen.STATE_NAME)
-FLARE = "gpt-image-2.5-flare"
 GOES_ON = BatchPlan(states=("in_progress",))
 AT_ONCE = {"retry-after-ms": "1"}
 STRAY = b"what nobody asked for"

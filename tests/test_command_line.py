@@ -1,4 +1,4 @@
-"""Section 4, and the contract of the process: exit codes, streams, help."""
+"""The command line, and the contract of the process: exit codes, streams, help."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Section 8: what a dry run prints is what is sent, and printing is all that it does."""
+"""The dry run: what it prints is what is sent, and printing is all that it does."""
 
 from __future__ import annotations
 

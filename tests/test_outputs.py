@@ -1,4 +1,4 @@
-"""Section 6: which files a request makes."""
+"""The plan of outputs: which files a request makes."""
 
 from __future__ import annotations
 

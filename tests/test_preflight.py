@@ -1,19 +1,25 @@
-"""Section 7: everything that can be known before the first request."""
+"""Preflight: everything that can be known before the first request."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dry
-import image_gen
 import pytest
 from cli import command, finished
-from image_gen import MAX_IMAGE_BYTES, MAX_IMAGES, MAX_MASK_BYTES, MAX_NAME_BYTES
-from inputs import Job, flag, job_file, picture
+from image_gen import (
+    JOB_OPTIONS,
+    MAX_IMAGE_BYTES,
+    MAX_IMAGES,
+    MAX_MASK_BYTES,
+    MAX_NAME_BYTES,
+    RANGES,
+)
+from inputs import FLARE, OLDER, Job, Json, as_flags, flag, job_file, picture
 from PIL import Image
 
 if TYPE_CHECKING:
@@ -44,210 +50,15 @@ def ordinary_user() -> Iterator[None]:
         os.setresuid(0, 0, 0)
 
 
-# Models and what they take.
+def lying_photograph() -> str:
+    """64x32 as it is stored, 32x64 as it is seen."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to see it upright
+    Image.new("RGB", (64, 32)).save("photo.jpg", exif=exif)
+    return "photo.jpg"
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        "",
-        "gpt-image",
-        "gpt-image-",
-        "gpt-image--2",
-        "GPT-IMAGE-2",
-        "gpt-image-2 ",
-        " gpt-image-2",
-        "gpt-image-2\n",
-        "dall-e-3",
-        "chatgpt-image-latest",
-    ],
-)
-def test_a_model_that_is_no_gpt_image_model_is_refused(run: Run, model: str) -> None:
-    said = dry.problem(dry.generate(run, "--model", model))
-    assert said.startswith("model ")
-    assert "gpt-image-" in said
-    assert dry.problem(dry.batch(run, {"prompt": "a fox", "model": model})) == f"line 1: {said}"
-
-
-@pytest.mark.parametrize("model", ["gpt-image-9", "gpt-image-20", "gpt-image-3-mini"])
-def test_an_unknown_model_gets_the_newest_rules_and_a_warning(run: Run, model: str) -> None:
-    flags = ("--size", "2048x1152", "--quality", "xhigh", "--background", "transparent")
-    (said,) = dry.warnings(dry.generate(run, "--model", model, *flags))
-    assert model in said
-    assert "the API decides" in said
-
-
-TWO, MINI = "gpt-image-2", "gpt-image-1-mini"
-TWO_FIVE, TWO_SIX = "gpt-image-2.5-flare", "gpt-image-2.6-sunburst"
-FREE = [TWO, "gpt-image-2-2026-04-21", TWO_FIVE, "gpt-image-2.5-sunburst-2026-09-08", TWO_SIX]
-FIXED = ["gpt-image-1", MINI, "gpt-image-1.5", "gpt-image-1.5-2025-12-16"]
-
-
-@pytest.mark.parametrize("model", FREE)
-@pytest.mark.parametrize(
-    "size",
-    [
-        *("auto", "1024x1024", "1536x1024", "1024x1536", "2048x2048", "2048x1152"),
-        pytest.param("1024x640", id="smallest area, 655,360 pixels"),
-        pytest.param("3840x2160", id="largest area, 8,294,400 pixels"),
-        pytest.param("2160x3840", id="largest area, upright"),
-        pytest.param("3840x1280", id="3:1"),
-        pytest.param("1280x3840", id="1:3"),
-    ],
-)
-def test_free_sizes_are_accepted_to_the_last_pixel(run: Run, model: str, size: str) -> None:
-    assert dry.document(dry.generate(run, "--model", model, "--size", size))["size"] == size
-
-
-@pytest.mark.parametrize("model", FREE)
-@pytest.mark.parametrize(
-    ("size", "says"),
-    [
-        pytest.param("1008x640", "645,120 pixels; accepted are 655,360 to 8,294,400", id="small"),
-        pytest.param("3840x2176", "8,355,840 pixels", id="large"),
-        pytest.param("2080x688", "3 times", id="narrow"),
-        pytest.param("688x2080", "3 times", id="narrow, upright"),
-        pytest.param("1000x1008", "multiples of 16", id="width in between"),
-        pytest.param("1024x1025", "multiples of 16, e.g. 1024x1024", id="height in between"),
-        pytest.param("3856x1296", "at most 3840", id="long"),
-    ],
-)
-def test_free_sizes_beyond_a_limit_are_refused_with_the_limit(
-    run: Run, model: str, size: str, says: str
-) -> None:
-    said = dry.problem(dry.generate(run, "--model", model, "--size", size))
-    assert said.startswith(f"size {size}")
-    assert says in said
-
-
-@pytest.mark.parametrize(
-    "size",
-    [
-        *("", "AUTO", "1024", "1024x", "x1024", "0x0", "-1024x1024", "1024x1024x1", "1024*1024"),
-        *("1024 x 1024", "01024x1024", "1024x1024\n", "１０２４x1024", "9" * 5000 + "x16"),
-    ],
-)
-@pytest.mark.parametrize("model", [TWO, "gpt-image-1.5"])
-def test_what_is_no_size_is_refused(run: Run, model: str, size: str) -> None:
-    said = dry.problem(dry.generate(run, "--model", model, f"--size={size}"))
-    assert said.startswith('size "')
-    assert len(said) < 200
-
-
-@pytest.mark.parametrize("model", FIXED)
-def test_older_models_have_a_list_of_sizes(run: Run, model: str) -> None:
-    for size in ("auto", "1024x1024", "1536x1024", "1024x1536"):
-        assert dry.document(dry.generate(run, "--model", model, "--size", size))["size"] == size
-    said = dry.problem(dry.generate(run, "--model", model, "--size", "2048x2048"))
-    assert "1024x1024, 1536x1024, 1024x1536, auto" in said
-
-
-@pytest.mark.parametrize(("size", "count"), [("2560x1440", 0), ("2576x1440", 1), ("3840x2160", 1)])
-def test_sizes_above_2560x1440_are_called_experimental(run: Run, size: str, count: int) -> None:
-    said = dry.warnings(dry.generate(run, "--size", size))
-    assert len(said) == count
-    assert all("experimental" in each for each in said)
-
-
-@pytest.mark.parametrize(
-    ("model", "accepted"),
-    [
-        *((model, ["low", "medium", "high", "auto"]) for model in [TWO, FREE[1], *FIXED]),
-        *((model, ["low", "medium", "high", "xhigh", "max", "auto"]) for model in FREE[2:]),
-    ],
-)
-def test_qualities_follow_the_family(run: Run, model: str, accepted: list[str]) -> None:
-    for quality in ("low", "medium", "high", "xhigh", "max", "auto", "", "hd", "standard"):
-        result = dry.generate(run, "--model", model, "--quality", quality)
-        if quality in accepted:
-            assert dry.document(result)["quality"] == quality
-        else:
-            said = dry.problem(result)
-            assert said.startswith(f'quality "{quality}"')
-            assert ", ".join(accepted) in said
-
-
-@pytest.mark.parametrize("model", [TWO_FIVE, TWO_SIX, *FIXED])
-def test_a_transparent_background_needs_a_format_with_alpha(run: Run, model: str) -> None:
-    flags = ("--model", model, "--background", "transparent", "--output-format")
-    for output_format in ("png", "webp"):
-        assert dry.document(dry.generate(run, *flags, output_format))["background"] == "transparent"
-    assert "png or webp, not jpeg" in dry.problem(dry.generate(run, *flags, "jpeg"))
-
-
-@pytest.mark.parametrize("model", FREE[:2])
-def test_gpt_image_2_has_no_transparent_background(run: Run, model: str) -> None:
-    said = dry.problem(dry.generate(run, "--model", model, "--background", "transparent"))
-    assert "gpt-image-2.5" in said
-    assert "remove_chroma_key.py" in said
-
-
-@pytest.mark.parametrize(
-    ("model", "fidelity", "outcome"),
-    [
-        ("gpt-image-1.5", "low", "sent"),
-        ("gpt-image-1.5", "high", "sent"),
-        ("gpt-image-1", "high", "sent"),
-        (MINI, "low", "sent"),
-        (MINI, "high", "sent with a warning"),
-        ("gpt-image-1.5", "medium", "refused"),
-        (TWO, "low", "refused"),
-        (TWO, "high", "refused"),
-        (TWO_FIVE, "high", "refused"),
-    ],
-)
-@pytest.mark.usefixtures("room")
-def test_input_fidelity_follows_the_family(
-    run: Run, model: str, fidelity: str, outcome: str
-) -> None:
-    result = dry.edit(run, "--model", model, "--input-fidelity", fidelity)
-    if outcome == "refused":
-        assert "input_fidelity" in dry.problem(result)
-    else:
-        warned = any("input_fidelity" in said for said in dry.warnings(result))
-        assert dry.document(result)["input_fidelity"] == fidelity
-        assert warned == (outcome == "sent with a warning")
-
-
-@pytest.mark.parametrize("key", ["mask", "input_fidelity"])
-@pytest.mark.usefixtures("room")
-def test_what_belongs_to_an_edit_needs_an_image(run: Run, key: str) -> None:
-    job = {"prompt": "a fox", "model": "gpt-image-1.5", key: "high"}
-    assert f"line 1: {key} is for edits" in dry.problem(dry.batch(run, job))
-
-
-@pytest.mark.parametrize(
-    ("days", "says"),
-    [
-        pytest.param(-400, "was shut down on", id="long gone"),
-        pytest.param(-1, "was shut down on", id="just gone"),
-        pytest.param(30, "shuts down on", id="soon"),
-        pytest.param(1000, None, id="far away"),
-    ],
-)
-def test_a_model_that_ends_is_used_with_a_warning_that_names_its_successor(
-    run: Run, monkeypatch: pytest.MonkeyPatch, days: int, says: str | None
-) -> None:
-    day = (datetime.now(UTC).date() + timedelta(days=days)).isoformat()
-    families = [
-        family._replace(shut_down=day) if family.shut_down else family
-        for family in image_gen.MODEL_FAMILIES
-    ]
-    monkeypatch.setattr(image_gen, "MODEL_FAMILIES", families)
-    said = dry.warnings(dry.generate(run, "--model", "gpt-image-1.5"))
-    assert bool(said) == bool(says)
-    for each in said:
-        assert f"gpt-image-1.5 {says} {day}" in each
-        assert "gpt-image-2.5-flare" in each
-
-
-def test_the_end_of_the_first_models_is_known() -> None:
-    ends = {family.prefix: family.shut_down for family in image_gen.MODEL_FAMILIES}
-    assert ends["gpt-image-1"] == "2026-10-23"
-    assert ends[MINI] == ends["gpt-image-1.5"] == "2026-12-01"
-
-
-# Other parameters.
+# Values and how they go together.
 
 
 @pytest.mark.parametrize(
@@ -291,7 +102,11 @@ def test_compression_is_a_percentage_for_formats_that_lose(
         pytest.param(
             ("--background", "transparent"), {"model": "gpt-image-1.5"}, id="transparent, model"
         ),
-        pytest.param(("--size", "2048x2048", "--model", MINI), {"model": TWO}, id="size, model"),
+        pytest.param(
+            ("--size", "2048x2048", "--model", "gpt-image-1-mini"),
+            {"model": "gpt-image-2"},
+            id="size, model",
+        ),
         pytest.param(("--output-compression", "9"), {"output_format": "webp"}, id="compression"),
         pytest.param(("--output-format", "tiff"), {"output_format": "png"}, id="format"),
         pytest.param(("--n", "99"), {"n": 1}, id="n"),
@@ -302,6 +117,88 @@ def test_what_is_checked_is_what_would_be_sent(
 ) -> None:
     dry.documents(dry.batch(run, {"prompt": "a fox", **job}, flags=flags))
     assert dry.problem(dry.batch(run, "a fox", flags=flags)).startswith("line 1: ")
+
+
+# Formats, drafts and markup.
+
+GIF: Json = {"model": FLARE, "output_format": "gif"}
+SVG: Json = {"model": FLARE, "output_format": "svg"}
+ROOM: Json = {"image": "room.png"}
+NOTES: Json = {**ROOM, "model": FLARE, "markup": "notes.png"}
+
+# Parameters, and how the message begins that refuses them.
+REFUSED: dict[str, tuple[Json, str]] = {
+    "complexity": ({"complexity": "max"}, 'complexity "max": accepted are low, medium, hi'),
+    "frames of a png": ({"frame_count": 4}, "frame_count needs output_format gif, not png"),
+    "time of a png": ({"frame_duration_ms": 9}, "frame_duration_ms needs output_format gi"),
+    "gif drafts": ({**GIF, "partial_images": 1}, "partial_images needs output_format png"),
+    "gif lossy": ({**GIF, "output_compression": 9}, "output_compression needs output_form"),
+    "gif clear": ({**GIF, "background": "transparent"}, "background transparent needs out"),
+    "gif mask": ({**GIF, **ROOM, "mask": "notes.png"}, "mask needs output_format png or"),
+    "svg mask": ({**SVG, **ROOM, "mask": "notes.png"}, "mask needs output_format png or"),
+    "two svg": ({**SVG, "n": 2}, "n 2: svg is made one at a time"),
+    "svg drafts": ({**SVG, "partial_images": 1}, "partial_images needs output_format png"),
+    "svg lossy": ({**SVG, "output_compression": 9}, "output_compression needs output_form"),
+    "svg clear": ({**SVG, "background": "transparent"}, "background transparent needs out"),
+    "svg frames": ({**SVG, "frame_count": 2}, "frame_count needs output_format gif, not s"),
+    "drafts of two": ({"partial_images": 1, "n": 2}, "partial_images with n 2: a stream"),
+    "markup and mask": ({**NOTES, "mask": "notes.png"}, "mask and markup cannot be combin"),
+    "markup of an older model": ({**NOTES, "model": OLDER[0]}, "markup is not supported by"),
+    "markup without alpha": ({**NOTES, "markup": "rgb.png"}, "markup rgb.png has no alpha"),
+    "markup of another size": ({**NOTES, "markup": "wide.png"}, "markup wide.png is 65x64"),
+    "markup that is none": ({**NOTES, "markup": "gone.png"}, "markup gone.png cannot be r"),
+    "markup that is text": ({**NOTES, "markup": "a.txt"}, "markup a.txt is no PNG, JPEG o"),
+    "a copy of an svg": (SVG | {"downscale_max_dim": 9}, "--downscale-max-dim: svg has no pixels"),
+}
+REFUSED |= {
+    f"{key} {value}": ({**others, key: value}, f"{key} {value}: accepted are {low} to {high:,}")
+    for key, others in {"frame_count": GIF, "frame_duration_ms": GIF, "partial_images": {}}.items()
+    for low, high in [RANGES[key]]
+    for value in (low - 1, high + 1)
+}
+REFUSED |= {
+    f"{name} of {model}": (
+        {"model": model, "output_format": name},
+        f"output_format {name}: {model} makes png, jpeg, webp",
+    )
+    for model, name in itertools.product(OLDER, ("gif", "svg"))
+}
+
+
+@pytest.mark.parametrize(("job", "said"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_the_api_would_refuse_is_refused_before_it_is_sent(
+    run: Run, job: Json, said: str
+) -> None:
+    picture("room.png")
+    picture("rgb.png")
+    picture("notes.png", "RGBA")
+    picture("wide.png", "RGBA", (65, 64))
+    Path("a.txt").write_text("text")
+    command = "edit" if "image" in job else "generate"
+    by_flag = dry.problem(run(command, *as_flags({"prompt": "a fox"} | job), "--dry-run"))
+    assert by_flag.startswith(said)
+    keys = {key: value for key, value in job.items() if key in JOB_OPTIONS}
+    others = as_flags({key: value for key, value in job.items() if key not in keys})
+    by_key = dry.problem(dry.batch(run, {"prompt": "a fox"} | keys, flags=tuple(others)))
+    assert by_key == f"line 1: {by_flag}"
+
+
+def test_markup_of_a_generation_is_refused(run: Run) -> None:
+    job = {"prompt": "a fox", "model": FLARE, "markup": picture("notes.png", "RGBA")}
+    assert dry.problem(dry.batch(run, job)).startswith("line 1: markup is for edits")
+
+
+def test_markup_is_drawn_over_a_photograph_as_it_is_seen(run: Run) -> None:
+    photograph = lying_photograph()
+    markup = ("--model", FLARE, "--markup")
+    upright = picture("upright.png", "RGBA", (32, 64))
+    result = dry.edit(run, *markup, upright, image=photograph)
+    assert dry.document(result)["markup"] == upright
+    assert dry.warnings(result) == []
+    stored = picture("stored.png", "RGBA", (64, 32))
+    assert dry.problem(dry.edit(run, *markup, stored, image=photograph)).startswith(
+        "markup stored.png"
+    )
 
 
 # Input images.
@@ -414,11 +311,9 @@ def test_a_mask_that_lies_across_its_image_is_refused(run: Run, name: str) -> No
 
 
 def test_a_mask_may_be_drawn_over_a_photograph_as_it_is_seen(run: Run) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees to see it upright
-    Image.new("RGB", (64, 32)).save("photo.jpg", exif=exif)
+    photograph = lying_photograph()
     mask = picture("mask.png", "RGBA", (32, 64))
-    assert dry.document(dry.edit(run, "--mask", mask, image="photo.jpg"))["mask"] == mask
+    assert dry.document(dry.edit(run, "--mask", mask, image=photograph))["mask"] == mask
 
 
 @pytest.mark.parametrize(

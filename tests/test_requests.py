@@ -1,4 +1,4 @@
-"""Section 5: the prompt that is sent, prompt files, and the lines of a JSONL file."""
+"""Requests: the prompt that is sent, prompt files, and the lines of a JSONL file."""
 
 from __future__ import annotations
 

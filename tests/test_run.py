@@ -10,7 +10,7 @@ import image_gen
 import live
 import pytest
 from images_api import moderation_blocked
-from inputs import mixed_jobs, picture
+from inputs import mixed_jobs
 
 if TYPE_CHECKING:
     from cli import Run
@@ -61,20 +61,6 @@ def test_one_image_of_each_format_through_a_process(
     assert (result.exit_code, result.stdout) == (0, f"Wrote fox.{name}\n")
     assert live.size_of(f"fox.{name}") == (64, 64)
     assert len(api.requests) == 1
-
-
-def test_an_edit_sends_its_files_in_order_and_byte_for_byte(
-    run_process: Run, api: ImagesAPI
-) -> None:
-    sent = [picture("room.png"), picture("chair.jpg"), picture("mask.png", "RGBA")]
-    words = ["--image", "room.png", "--image", "chair.jpg", "--mask", "mask.png"]
-    result = run_process("edit", *words, "--prompt", "a fox", "--out", "fox.png")
-    assert result.exit_code == 0, result.stderr
-    (request,) = api.requests
-    assert [file.field for file in request.files] == ["image[]", "image[]", "mask"]
-    assert [file.data for file in request.files] == [Path(name).read_bytes() for name in sent]
-    types = ["image/png", "image/jpeg", "image/png"]
-    assert [file.content_type for file in request.files] == types
 
 
 def test_an_existing_output_stops_the_batch_before_any_request(

@@ -1,4 +1,4 @@
-"""One retry layer: what is sent again, what is not, and what stops the run."""
+"""Sending: what goes out, what is sent again and what is not, and what stops the run."""
 
 from __future__ import annotations
 
@@ -26,13 +26,70 @@ from images_api import (
     unauthorized,
     unknown_model,
 )
-from inputs import picture
+from inputs import FLARE, as_flags, picture
 
 if TYPE_CHECKING:
     from cli import Run
     from images_api import ImagesAPI, Reply
 
 NO_MONEY = sorted(image_gen.NO_MONEY_CODES)
+
+
+# What is sent.
+
+
+def test_requests_are_sent_with_the_variables_of_the_sdk(run: Run, api: ImagesAPI) -> None:
+    account = {"OPENAI_ORG_ID": "org-fox", "OPENAI_PROJECT_ID": "proj-den"}
+    assert run(*live.generate(), env=account).exit_code == 0
+    (request,) = api.requests
+    assert request.key_as_expected
+    assert request.headers["openai-organization"] == "org-fox"
+    assert request.headers["openai-project"] == "proj-den"
+
+
+def test_an_edit_sends_its_files_in_order_and_byte_for_byte(
+    run_process: Run, api: ImagesAPI
+) -> None:
+    sent = [picture("room.png"), picture("chair.jpg"), picture("mask.png", "RGBA")]
+    words = ["--image", "room.png", "--image", "chair.jpg", "--mask", "mask.png"]
+    result = run_process("edit", *words, "--prompt", "a fox", "--out", "fox.png")
+    assert result.exit_code == 0, result.stderr
+    (request,) = api.requests
+    assert [file.field for file in request.files] == ["image[]", "image[]", "mask"]
+    assert [file.data for file in request.files] == [Path(name).read_bytes() for name in sent]
+    types = ["image/png", "image/jpeg", "image/png"]
+    assert [file.content_type for file in request.files] == types
+
+
+MARKED = {"image": "room.png", "model": FLARE, "markup": "notes.png"}
+
+
+def test_markup_is_a_file_part_of_its_own(run: Run, api: ImagesAPI) -> None:
+    for name, mode in (("room.png", "RGB"), ("notes.png", "RGBA"), ("second.webp", "RGB")):
+        picture(name, mode)
+    call = ["edit", *as_flags({"prompt": "a fox", **MARKED})]
+    assert run(*call).exit_code == 0
+    assert run(*call, "--image", "second.webp", "--out", "b.png").exit_code == 0
+    one, two = api.requests
+    assert [file.field for file in one.files] == ["image", "markup"]
+    assert [file.field for file in two.files] == ["image[]", "image[]", "markup"]
+    for request in (one, two):
+        markup = request.files[-1]
+        assert (markup.content_type, markup.filename) == ("image/png", "markup.png")
+        assert markup.data == Path("notes.png").read_bytes()
+        assert "markup" not in request.body
+
+
+def test_a_job_with_markup_is_an_edit(run: Run, api: ImagesAPI) -> None:
+    picture("room.png")
+    picture("notes.png", "RGBA")
+    assert live.outcomes(run(*live.batch([{"prompt": "a fox", **MARKED}], "--json"))) == ["done"]
+    (request,) = api.requests
+    assert request.path == "/v1/images/edits"
+    assert [file.field for file in request.files] == ["image", "markup"]
+
+
+# What is sent again, and what is not.
 
 
 class Fault(NamedTuple):
@@ -282,15 +339,6 @@ def test_a_long_message_of_the_server_stays_one_short_line(run: Run, api: Images
     message = live.error(run(*live.generate()))
     assert len(message) < 800
     assert re.search(r"[\x00-\x1f]", message) is None
-
-
-def test_requests_are_sent_with_the_variables_of_the_sdk(run: Run, api: ImagesAPI) -> None:
-    account = {"OPENAI_ORG_ID": "org-fox", "OPENAI_PROJECT_ID": "proj-den"}
-    assert run(*live.generate(), env=account).exit_code == 0
-    (request,) = api.requests
-    assert request.key_as_expected
-    assert request.headers["openai-organization"] == "org-fox"
-    assert request.headers["openai-project"] == "proj-den"
 
 
 @pytest.mark.parametrize("advice", [0, 0.001])

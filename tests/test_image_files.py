@@ -1,4 +1,4 @@
-"""What a file says about itself, against files that Pillow wrote."""
+"""Image files by their own bytes, against files that Pillow wrote."""
 
 from __future__ import annotations
 
@@ -119,6 +119,23 @@ def test_fill_bytes_before_a_marker_of_a_jpeg_are_skipped() -> None:
 )
 def test_a_gif_is_known_as_one(data: bytes, *, whole: bool) -> None:
     assert probed(data) == Picture("gif", *SIZE, alpha=False, whole=whole)
+
+
+@pytest.mark.parametrize(
+    ("head", "size"),
+    [
+        pytest.param(b'<?xml version="1.0"?>\n<svg width="30" height="20">', "30x20", id="xml"),
+        pytest.param(b'\xef\xbb\xbf<svg width="30px" height="20px">', "30x20", id="BOM, px"),
+        pytest.param(b"<!-- by hand -->\n<svg viewBox='0 0 9 9'>", "0x0", id="comment"),
+        pytest.param(b"<!DOCTYPE svg>\n<svg\nwidth='100%'>", "0x0", id="doctype"),
+    ],
+)
+def test_an_svg_may_begin_in_several_ways(head: bytes, size: str) -> None:
+    whole, cut = (probed(head + end) for end in (b"<path/></svg>\n", b"<path/>"))
+    assert whole is not None
+    assert cut is not None
+    assert (whole.format, whole.size, whole.alpha) == ("svg", size, True)
+    assert (whole.whole, cut.whole) == (True, False)
 
 
 @pytest.mark.parametrize(
