@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from cli import Result, command, finished, started
+from hypothesis import HealthCheck, settings
 from images_api import PROXIES, ImagesAPI
 from live import shorten_waits
 
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from cli import Run, Start
+
+# A busy machine is no bug.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 LOOPBACK = {"127.0.0.1", "::1", "localhost", b"127.0.0.1", b"localhost", "", None}
 

@@ -1822,13 +1822,24 @@ def run_command(command: list[str], variables: dict[str, str]) -> int:
     """Runs the command; a Ctrl-C reaches it by itself, SIGTERM is passed on."""
     if command[0] in {"python", "python3"}:
         command = [sys.executable, *command[1:]]  # one interpreter has the packages of both
+    process: subprocess.Popen[bytes] | None = None
+    is_ending = False
+
+    def end(*_: object) -> None:
+        nonlocal is_ending
+        is_ending = True
+        if process is not None:
+            process.terminate()
+
+    signal.signal(signal.SIGTERM, end)
     try:
         process = subprocess.Popen(command, env=os.environ | variables)
     except OSError as error:
         print(f"Error: cannot run {command[0]}: {error.strerror}", file=sys.stderr)
         return 127
     signal.signal(signal.SIGINT, lambda *_: None)
-    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    if is_ending:  # the command was just being started
+        process.terminate()
     code = process.wait()
     return 128 - code if code < 0 else code
 

@@ -7,6 +7,7 @@ import threading
 from typing import TYPE_CHECKING
 
 import image_gen
+from cli import Result
 from inputs import job_file
 from PIL import Image
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import pytest
-    from cli import Result, Run
+    from cli import Run, Start
     from images_api import ImagesAPI
     from inputs import Job
 
@@ -28,6 +29,11 @@ def shorten_waits(patch: pytest.MonkeyPatch) -> None:
     # Half the time of a run: nobody cuts the power or speaks TLS here.
     patch.setattr("os.fsync", lambda _: None)
     patch.setattr("ssl.SSLContext.load_verify_locations", lambda *_, **__: None)
+
+
+# --timeout of a request that is to run into it. All that comes before has to fit in, on a busy
+# machine too.
+TIME_OUT = 3
 
 
 def prompts(count: int) -> list[str]:
@@ -101,9 +107,11 @@ def run_held(
     api.hold()
 
     def let_go() -> None:
-        api.wait_for_requests(until)
-        act()
-        api.release()
+        try:
+            api.wait_for_requests(until)
+            act()
+        finally:
+            api.release()
 
     releaser = threading.Thread(target=let_go)
     releaser.start()
@@ -111,3 +119,29 @@ def run_held(
         return run(*argv)
     finally:
         releaser.join()
+
+
+def run_staggered(
+    start_process: Start,
+    api: ImagesAPI,
+    argv: Sequence[str],
+    *,
+    until: int = 1,
+    act: Callable[[], object] = lambda: None,
+) -> Result:
+    """The same in a process, but only one request is answered before the first job has ended.
+
+    That end is a line of stdout, so `argv` has --json.
+    """
+    api.hold()
+    process = start_process(*argv)
+    api.wait_for_requests(until)
+    act()
+    api.release(1)
+    assert process.stdout
+    assert process.stderr
+    first = process.stdout.readline()
+    api.release()
+    # Not communicate(), which passes over what readline() has buffered.
+    stdout, stderr = first + process.stdout.read(), process.stderr.read()
+    return Result(exit_code=process.wait(), stdout=stdout, stderr=stderr)

@@ -171,9 +171,8 @@ def test_a_key_that_is_given_twice_is_found_among_many(run: Run) -> None:
 
 ANY_INPUT = settings(
     max_examples=80,
-    deadline=None,
     database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 TEXT = st.text(max_size=12) | st.sampled_from(
     [

@@ -155,9 +155,7 @@ def test_a_transparent_background_has_transparent_pixels(
 def test_the_noise_of_a_4k_picture_does_not_compress_and_is_made_once() -> None:
     with ImagesAPI(pictures="noise") as api:
         drawn = first(ask(api, size="3840x2160"))
-        started = time.monotonic()
-        assert first(ask(api, size="3840x2160", prompt="another")) == drawn
-        assert time.monotonic() - started < 2
+        assert first(ask(api, size="3840x2160", prompt="another")) == drawn  # so it was kept
     assert 14e6 < len(drawn) * 3 / 4 < 17e6
 
 
@@ -439,8 +437,14 @@ def test_held_requests_are_in_flight_until_they_are_released(api: ImagesAPI) -> 
 def test_a_client_that_goes_leaves_a_request_without_status(api: ImagesAPI) -> None:
     api.script(images_api.no_answer())
 
-    with pytest.raises(openai.APITimeoutError):
-        ask(api, timeout=0.2)
+    async def work(sdk: AsyncOpenAI) -> None:
+        call = asyncio.create_task(sdk.images.generate(prompt="a fox"))
+        await asyncio.to_thread(api.wait_for_requests, 1)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+
+    with_sdk(api, work)
     api.wait_until(lambda requests: requests[0].ended is not None)
     assert api.requests[0].status is None
 
@@ -648,16 +652,17 @@ def test_a_sliding_window_counts_refused_requests_too() -> None:
 
 def test_requests_above_the_limit_are_refused_at_once_and_counted() -> None:
     limit = RateLimit(admitted=2, window=60)
-    with ImagesAPI(limit=limit, latency=0.5, auto_size="64x64") as api:
+    with ImagesAPI(limit=limit, auto_size="64x64") as api:
         ask(api)
         ask(api)
+        api.latency = 2 * PATIENCE  # a refusal that waited for it would not come
         with pytest.raises(openai.RateLimitError) as raised:
             ask(api)
-    assert 55 < float(raised.value.response.headers["retry-after"]) <= 60
     assert (limit.refused, len(limit.admitted_times)) == (1, 2)
-    refused = api.requests[2]
+    opens, refused = limit.admitted_times[0] + 60, api.requests[2]
     assert refused.ended is not None
-    assert refused.ended - refused.started < 0.4
+    wait = float(raised.value.response.headers["retry-after"])
+    assert opens - refused.ended <= wait <= opens - refused.started + 0.001  # it is rounded up
 
 
 @pytest.mark.parametrize(
@@ -676,8 +681,9 @@ def test_the_waiting_time_stands_in_a_header(
 
 
 def test_the_waiting_time_may_be_a_date_or_missing() -> None:
+    before = time.time()
     header = images_api.rate_limited(3, form="http-date").headers["retry-after"]
-    assert 2 < parsedate_to_datetime(header).timestamp() - time.time() < 5
+    assert before + 3 <= parsedate_to_datetime(header).timestamp() < time.time() + 4
     assert images_api.rate_limited(3, form="none").headers == {}
 
 
@@ -1011,7 +1017,7 @@ def test_a_command_that_does_not_exist_is_one_sentence_and_127() -> None:
 
 
 def test_sigterm_is_passed_on_to_the_command() -> None:
-    script = "import time; print('ready', flush=True); time.sleep(60)"
+    script = "import signal; print('ready', flush=True); signal.pause()"
     words = [sys.executable, str(PROGRAM), "--", "python", "-c", script]
     with started(words) as process:
         assert process.stdout

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import image_gen
+import live
 import pytest
 import remove_chroma_key
 from cli import SCRIPTS, finished
@@ -249,7 +250,7 @@ def test_the_messages_of_the_readme_are_those_of_the_program(
     said.append(run("generate", "--prompt", "x", "--out", "x.png").stderr)
     say(env={"OPENAI_BASE_URL": "http://127.0.0.1:9/v1"})
     api.script(no_answer())
-    say("--timeout", "0.2")
+    say("--timeout", str(live.TIME_OUT))
     api.script(rate_limited(0.05), moderation_blocked(), forbidden())
     say()
     say()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import image_gen
 import live
 import pytest
-from cli import command, started
+from cli import Result, command, started
 from images_api import KEY, document, html, moderation_blocked, rate_limited, status, unauthorized
 
 if TYPE_CHECKING:
@@ -108,15 +108,26 @@ def test_stdout_has_nothing_but_results(run: Run, api: ImagesAPI) -> None:
     assert sorted(result.stdout.splitlines()) == [f"Wrote out/{name}" for name in live.names()]
 
 
-def test_progress_counts_the_jobs_and_a_summary_ends_it(run: Run, api: ImagesAPI) -> None:
+def test_progress_counts_the_jobs_and_a_summary_ends_it(
+    start_process: Start, api: ImagesAPI
+) -> None:
     api.script_for("job 2", moderation_blocked())
-    result = run(*live.batch(3, "--json", "--concurrency", 1))
-    said = result.stderr.splitlines()
-    # The refusal needs no saving, so it may overtake the first image.
-    assert any(re.fullmatch(r"\[[12]/3\] .*\d s out/001-job-1\.png", line) for line in said[:2])
-    assert live.error(result).startswith("line 2: ")
+    api.hold()
+    process = start_process(*live.batch(3, "--json", "--concurrency", 1))
+    assert process.stdout
+    records = []
+    for number in (1, 2, 3):  # else a job that needs no saving overtakes another
+        api.wait_for_requests(number)
+        api.release(1)
+        records.append(json.loads(process.stdout.readline()))
+    _, stderr = process.communicate()
+    said = stderr.splitlines()
+    result = Result(exit_code=process.returncode, stdout="", stderr=stderr)
+    assert re.fullmatch(r"\[1/3\] .*\d s out/001-job-1\.png", said[0])
+    assert said[1] == f"Error: {live.error(result)}"
+    assert said[1].startswith("Error: line 2: ")
     assert re.fullmatch(r"\[3/3\] .*\d s out/003-job-3\.png", said[2])
-    tokens = sum((line["usage"] or {}).get("total_tokens", 0) for line in result.json_lines)
+    tokens = sum((record["usage"] or {}).get("total_tokens", 0) for record in records)
     summary = f"3 jobs: 2 done, 1 failed, 0 skipped; 2 images, {tokens:,} tokens, "
     assert any(line.startswith(summary) for line in said[3:])
 
@@ -151,10 +162,10 @@ def on_a_terminal(argv: list[str], api: ImagesAPI, until: str) -> tuple[str, int
 
 def test_a_terminal_gets_a_status_line_that_is_kept_up_to_date(api: ImagesAPI) -> None:
     api.script_for("job 1", moderation_blocked())
-    api.script_for("job 2", rate_limited(0.8))
+    api.script_for("job 2", rate_limited(2))  # the status line is written twice a second
     api.hold()
-    argv = live.batch(3, "--concurrency", 2)
-    shown, code = on_a_terminal(argv, api, until="2 in flight")
+    argv = live.batch(3, "--concurrency", 3)
+    shown, code = on_a_terminal(argv, api, until="3 in flight")
     assert code == 1
     for part in (r"\d/3 done", "in flight", "1 failed", r"rate limit: \d", "left"):
         assert re.search(part, shown), shown

@@ -172,7 +172,7 @@ def test_a_stream_that_breaks_before_any_draft_is_sent_again(run: Run, api: Imag
 
 def test_a_stream_that_stalls_after_a_draft_keeps_it(run: Run, api: ImagesAPI) -> None:
     api.script(changed(lambda answer: replace(answer, pause=60)))
-    broken(run(*live.generate(*DRAFTED, "--timeout", "0.3")), "timeout", drafts(1))
+    broken(run(*live.generate(*DRAFTED, "--timeout", str(live.TIME_OUT))), "timeout", drafts(1))
     assert len(api.requests) == 1
 
 

@@ -129,16 +129,17 @@ def a_file_in_place_of_the_folder() -> None:
 
 
 def test_an_image_whose_folder_takes_no_more_is_rescued_and_the_run_stops(
-    run: Run, api: ImagesAPI, rescue_folder: Path
+    start_process: Start, api: ImagesAPI, rescue_folder: Path
 ) -> None:
     Path("out").mkdir()
     argv = live.batch(8, "--json", "--concurrency", 1)
-    result = live.run_held(run, api, argv, act=a_file_in_place_of_the_folder)
+    act = a_file_in_place_of_the_folder
+    result = live.run_staggered(start_process, api, argv, act=act)
     assert result.exit_code == 1
     assert live.outcomes(result)[0] == "failed"
     assert live.outcomes(result)[-1] == "skipped"
     rescued = sorted(rescue_folder.iterdir())
-    assert len(rescued) == len(api.requests) < 8
+    assert len(rescued) == len(api.requests) <= 2  # another one may be in flight
     assert {live.size_of(name) for name in rescued} == {(64, 64)}
     first = live.lines(result)[0]
     assert "out/001-job-1.png" in first
