@@ -10,6 +10,7 @@ import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+import image_gen
 import pytest
 from cli import Result, command, finished, started
 from hypothesis import HealthCheck, settings
@@ -104,7 +105,6 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[ImagesAPI]:
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """The CLI in this process, through `main`."""
-    import image_gen
 
     def run(*argv: str | Path, stdin: bytes = b"", env: Mapping[str, str] | None = None) -> Result:
         capfd.readouterr()

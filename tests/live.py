@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from inputs import Job
 
 
+# --timeout of a request that is to run into it: all that comes before has to fit in, on a busy
+# machine too.
+TIME_OUT = 3
+
+
 def shorten_waits(patch: pytest.MonkeyPatch) -> None:
     """No run of this process waits for longer than a test needs."""
     patch.setattr(image_gen, "BACK_OFF_SECONDS", 0.01)
@@ -29,11 +34,6 @@ def shorten_waits(patch: pytest.MonkeyPatch) -> None:
     # Half the time of a run: nobody cuts the power or speaks TLS here.
     patch.setattr("os.fsync", lambda _: None)
     patch.setattr("ssl.SSLContext.load_verify_locations", lambda *_, **__: None)
-
-
-# --timeout of a request that is to run into it. All that comes before has to fit in, on a busy
-# machine too.
-TIME_OUT = 3
 
 
 def prompts(count: int) -> list[str]:

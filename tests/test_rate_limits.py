@@ -107,7 +107,7 @@ def test_a_limit_that_counts_refusals_is_met_with_few_of_them(
 ) -> None:
     api.limit = at = limit(admitted=5, window=0.3, headers=form)
     api.latency = 0.05
-    result = run(*live.batch(30, "--json", "--concurrency", 10))
+    result = run(*live.batch(30, "--json", "--concurrency", 8))
     assert result.exit_code == 0
     assert live.outcomes(result) == ["done"] * 30
     assert len(live.names()) == len(at.admitted_times) == 30
