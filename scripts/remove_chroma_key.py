@@ -1,8 +1,4 @@
 #!/usr/bin/env python3
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["pillow>=11", "numpy>=1.26"]
-# ///
 """Turn a flat key colour into true alpha.
 
     remove_chroma_key.py --input frog.png --out frog-cut.png --auto-key border --unmix
@@ -15,12 +11,36 @@ colour: hard at --tolerance, or soft between the two thresholds of --soft-matte.
 
 Exit codes: 0 every requested image is on disk · 1 at least one image is missing · 2 refused before
 anything was done · 130 interrupted.
+
+The file, from top to bottom:
+   1  limits and defaults, as tables
+   2  words and failures
+   3  records
+   4  command line: tables of options, and what is made of them
+   5  preflight: everything that can be refused beforehand
+   6  read: any picture as 8-bit planes
+   7  key colour: named, or measured at the corners or the border
+   8  planes and masks
+   9  matte by colour distance, as recorded
+  10  unmixing
+  11  edge: contract and feather
+  12  self-check
+  13  write
+  14  report
+  15  run
+  16  main
 """
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["pillow>=11", "numpy>=1.26"]
+# ///
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import importlib
 import math
 import os
 import re
@@ -28,26 +48,36 @@ import struct
 import sys
 import warnings
 import zlib
-from dataclasses import dataclass, replace
-from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-# No matrix is multiplied here, and starting OpenBLAS's threads takes longer than keying a picture.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-MISSING_PACKAGE = ""
-try:
-    import numpy as np
-    from PIL import Image, UnidentifiedImageError
-except ModuleNotFoundError as missing:  # main reports it, so that --help works without the packages
-    MISSING_PACKAGE = missing.name or "numpy"
+__version__ = "0.2.0"
+
+
+class Lazy:
+    """A module that is loaded when something of it is first asked for.
+
+    PEP 810 gives Python 3.15 a statement for this, which then replaces the class.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:  # noqa: ANN401
+        return getattr(importlib.import_module(self._name), attribute)
+
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    import json
+    from collections.abc import Callable, Iterator, Sequence
+    from concurrent import futures
+    from typing import NoReturn, TypeAlias
 
+    import numpy as np
+    import PIL
     from numpy.typing import NDArray
-    from PIL import ImageFilter
+    from PIL import Image, ImageCms, ImageFilter, ImageOps
 
     U8: TypeAlias = NDArray[np.uint8]
     I16: TypeAlias = NDArray[np.int16]
@@ -55,34 +85,38 @@ if TYPE_CHECKING:
     Mask: TypeAlias = NDArray[np.bool_]
     Planes: TypeAlias = tuple[U8, U8, U8]
     Colour: TypeAlias = tuple[int, int, int]
+else:
+    futures, json, np, PIL = map(Lazy, ("concurrent.futures", "json", "numpy", "PIL"))
+    Image, ImageCms = map(Lazy, ("PIL.Image", "PIL.ImageCms"))
+    ImageFilter, ImageOps = map(Lazy, ("PIL.ImageFilter", "PIL.ImageOps"))
 
-# ── 1 · Defaults and limits ──────────────────────────────────────────────────────────────────────
+# No matrix is multiplied here, and starting OpenBLAS's threads takes longer than keying a picture.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# ── 1 · Limits and defaults, as tables ────────────────────────────────────────────────────────────
 
 DEFAULT_KEY_COLOUR = "#00ff00"
 DEFAULT_TOLERANCE = 12
-DEFAULT_TRANSPARENT_THRESHOLD = 12.0
-DEFAULT_OPAQUE_THRESHOLD = 96.0
+DEFAULT_TRANSPARENT_THRESHOLD = 12
+DEFAULT_OPAQUE_THRESHOLD = 96
+MAX_LEVEL = 255
 MAX_EDGE_CONTRACT = 16
-MAX_EDGE_FEATHER = 64.0
+MAX_EDGE_FEATHER = 64
 
+AUTO_KEYS = ("none", "corners", "border")  # the first of each is the default
+SUBJECTS = ("auto", "opaque", "translucent")
 OUTPUT_FORMATS = {".png": "PNG", ".webp": "WEBP"}
 DRAWING_FORMATS = {"EPS", "WMF", "EMF"}  # Pillow would start Ghostscript for the first
 EXIF_ORIENTATION = 0x0112
-AUTO_KEYS = ("none", "corners", "border")
-SUBJECTS = ("auto", "opaque", "translucent")
 
-# The recorded matte: where the key colour is looked for and what counts as key-like.
-CORNER_PATCH = 12
-BORDER_BAND = 6
-BORDER_POSITIONS = 256
-SPILL_CHANNEL_MIN = 128
-SPILL_CHANNEL_SLACK = 16
-KEY_LIKE_DISTANCE = 32
-KEY_LIKE_DOMINANCE = 16
-HAZE_ALPHA = 8
-DESPILL_ALPHA = 252
+# ── 2 · Words and failures ────────────────────────────────────────────────────────────────────────
 
-# ── 2 · Expected failures ────────────────────────────────────────────────────────────────────────
+TOO_LARGE = "too large for the memory; scale the picture down first"
+
+
+def hex_colour(key: Colour) -> str:
+    """`#rrggbb`."""
+    return "#{:02x}{:02x}{:02x}".format(*key)
 
 
 class ChromaKeyError(Exception):
@@ -92,55 +126,50 @@ class ChromaKeyError(Exception):
 class UsageError(ChromaKeyError):
     """The request is refused as a whole, for every reason in `problems`."""
 
-    def __init__(self, problems: Sequence[str]) -> None:
+    def __init__(self, *problems: str) -> None:
         super().__init__("; ".join(problems))
-        self.problems = tuple(problems)
+        self.problems = problems
 
 
-# ── 3 · Records ──────────────────────────────────────────────────────────────────────────────────
+# ── 3 · Records ───────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, kw_only=True)
-class MatteOptions:
-    """How alpha follows from the distance to the key colour."""
+class MatteMethod(NamedTuple):
+    """Alpha follows from the distance to the key colour; the fields are named like the flags."""
 
-    tolerance: int
-    soft: bool
-    transparent_threshold: float
-    opaque_threshold: float
-    despill: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnmixOptions:
-    """What `--unmix` is told about the subject."""
-
-    subject: str
+    tolerance: int = DEFAULT_TOLERANCE
+    soft_matte: bool = False
+    transparent_threshold: float = DEFAULT_TRANSPARENT_THRESHOLD
+    opaque_threshold: float = DEFAULT_OPAQUE_THRESHOLD
+    despill: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
+class UnmixMethod(NamedTuple):
+    """Alpha follows from unmixing; `subject` is what the areas that share the key's hue are."""
+
+    subject: str = SUBJECTS[0]
+
+
+class Treatment(NamedTuple):
     """What is done to every picture."""
 
     key_colour: Colour
     auto_key: str
-    method: MatteOptions | UnmixOptions
+    method: MatteMethod | UnmixMethod
     edge_contract: int
     edge_feather: float
-    force: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
+class Job(NamedTuple):
     """One picture to cut out."""
 
     source: Path
     target: Path
-    options: Options
+    force: bool
+    treatment: Treatment
 
 
-@dataclass(frozen=True, kw_only=True)
-class Picture:
+class Picture(NamedTuple):
     """A decoded input: three uint8 planes, its own alpha if it has any, and its RGB profile."""
 
     planes: Planes
@@ -148,19 +177,17 @@ class Picture:
     icc_profile: bytes | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cutout:
-    """What a method makes of a picture; `key_hued` counts inner pixels that share the key's hue."""
+class Cutout(NamedTuple):
+    """What a method makes of a picture: straight colour and alpha, for the key it was told."""
 
     planes: Planes
     alpha: U8
     key: Colour
-    matched: bool
-    key_hued: int
+    matched: bool  # some pixel has the key colour
+    key_hued_pixels: int  # inner ones that share the key's hue
 
 
-@dataclass(frozen=True, kw_only=True)
-class SelfCheck:
+class SelfCheck(NamedTuple):
     """What the program thinks of its work: counts of pixels, shares from 0 to 1, levels of 255."""
 
     transparent: int
@@ -175,8 +202,7 @@ class SelfCheck:
     warnings: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Done:
+class Done(NamedTuple):
     """A picture that is on disk."""
 
     job: Job
@@ -185,26 +211,17 @@ class Done:
     check: SelfCheck
 
 
-@dataclass(frozen=True, kw_only=True)
-class Failed:
+class Failed(NamedTuple):
     """A picture that is not."""
 
     job: Job
     reason: str
 
 
-# ── 4 · Command line ─────────────────────────────────────────────────────────────────────────────
+# ── 4 · Command line ──────────────────────────────────────────────────────────────────────────────
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser that raises what `main` prints like every other error."""
-
-    def error(self, message: str) -> NoReturn:
-        """Refuse what argparse cannot read."""
-        raise UsageError([f"{message}; see {self.prog} --help"])
-
-
-def colour(text: str) -> Colour:
+def as_colour(text: str) -> Colour:
     """Convert `#rrggbb` or `rrggbb`."""
     if not re.fullmatch(r"#?[0-9a-fA-F]{6}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no colour; give #rrggbb, as in #00ff00")
@@ -212,7 +229,7 @@ def colour(text: str) -> Colour:
     return red, green, blue
 
 
-def whole_number(text: str, *, most: int) -> int:
+def as_whole_number(text: str, *, most: int) -> int:
     """Convert an integer from 0 to `most`."""
     number = int(text) if re.fullmatch(r"[0-9]{1,9}", text) else -1
     if not 0 <= number <= most:
@@ -220,7 +237,7 @@ def whole_number(text: str, *, most: int) -> int:
     return number
 
 
-def real_number(text: str, *, most: float) -> float:
+def as_real_number(text: str, *, most: float) -> float:
     """Convert a number from 0 to `most`."""
     try:
         number = float(text)
@@ -231,163 +248,208 @@ def real_number(text: str, *, most: float) -> float:
     return number
 
 
-def add_file_options(parser: argparse.ArgumentParser) -> None:
-    """Say which pictures, and where they go."""
-    group = parser.add_argument_group("files")
-    group.add_argument(
-        "--input", nargs="+", action="extend", type=Path, required=True, metavar="PATH",
-        help="the pictures to cut out; several need --out-dir",
-    )  # fmt: skip
-    group.add_argument("--out", type=Path, metavar="PATH", help="the cut-out, .png or .webp")
-    group.add_argument("--out-dir", type=Path, metavar="DIR", help="write DIR/<input stem>.png")
-    group.add_argument("--force", action="store_true", help="replace existing outputs")
-    group.add_argument(
-        "--json",
-        action="store_true",
-        help="print one JSON object a line per picture instead of text",
-    )
+class Option(NamedTuple):
+    """A row of the tables below."""
+
+    flags: str  # the last one names the value
+    help: str
+    convert: Callable[..., Any] = bool  # a switch
+    most: int | None = None  # of a number, which begins at 0
+    default: Any = None
+    metavar: str | None = None
+    choices: tuple[str, ...] | None = None  # the first of them is the default
+    several: bool = False  # at least one value
+
+    @property
+    def name(self) -> str:
+        """The attribute of `Arguments`."""
+        return self.flags.split()[-1].removeprefix("--").replace("-", "_")
 
 
-def add_key_options(parser: argparse.ArgumentParser) -> None:
-    """Say which colour is the key."""
-    group = parser.add_argument_group("key colour")
-    group.add_argument(
-        "--key-color", type=colour, default=DEFAULT_KEY_COLOUR, metavar="#RRGGBB",
-        help="the colour to remove (default %(default)s)",
-    )  # fmt: skip
-    group.add_argument(
-        "--auto-key", choices=AUTO_KEYS, default="none",
-        help="measure the key colour at the corners or border instead (default %(default)s)",
-    )  # fmt: skip
+FILE_OPTIONS = (
+    Option(
+        "--input",
+        "the pictures to cut out; several need --out-dir",
+        Path,
+        metavar="PATH",
+        several=True,
+    ),
+    Option("--out", "the cut-out, .png or .webp", Path, metavar="PATH"),
+    Option("--out-dir", "write DIR/<input stem>.png", Path, metavar="DIR"),
+    Option("--force", "replace existing outputs"),
+    Option("--json", "print one JSON object a line per picture instead of text"),
+)
+KEY_OPTIONS = (
+    Option(
+        "--key-color",
+        "the colour to remove",
+        as_colour,
+        default=DEFAULT_KEY_COLOUR,
+        metavar="#RRGGBB",
+    ),
+    Option(
+        "--auto-key",
+        "measure the key colour at the corners or border instead",
+        str,
+        choices=AUTO_KEYS,
+    ),
+)
+UNMIX_OPTIONS = (
+    Option("--unmix", "recover alpha and the subject's own colour; no tuning"),
+    Option(
+        "--subject",
+        "what areas that share the key's hue are; auto judges by the picture",
+        str,
+        choices=SUBJECTS,
+    ),
+)
+MATTE_OPTIONS = (
+    Option(
+        "--tolerance", "hard matte: up to this distance is transparent", as_whole_number, MAX_LEVEL
+    ),
+    Option("--soft-matte", "a ramp between two thresholds"),
+    Option(
+        "--transparent-threshold", "soft matte: transparent up to here", as_real_number, MAX_LEVEL
+    ),
+    Option("--opaque-threshold", "soft matte: opaque from here", as_real_number, MAX_LEVEL),
+    Option("--spill-cleanup --despill", "cap the key's channels in pixels that are not opaque"),
+)
+EDGE_OPTIONS = (
+    Option(
+        "--edge-contract",
+        "choke the matte by so many pixels",
+        as_whole_number,
+        MAX_EDGE_CONTRACT,
+        default=0,
+    ),
+    Option(
+        "--edge-feather", "blur the matte with this radius", as_real_number, MAX_EDGE_FEATHER, 0
+    ),
+)
+# What argparse does not fill in, so that it shows what was given beside or without --unmix.
+METHOD_DEFAULTS = {**UnmixMethod._field_defaults, **MatteMethod._field_defaults}
+OPTION_GROUPS = {
+    "files": FILE_OPTIONS,
+    "key colour": KEY_OPTIONS,
+    "unmixing (recommended, with --auto-key border)": UNMIX_OPTIONS,
+    "matte by colour distance (not with --unmix)": MATTE_OPTIONS,
+    "edge": EDGE_OPTIONS,
+}
 
 
-def add_unmix_options(parser: argparse.ArgumentParser) -> None:
-    """Switch to the recommended method."""
-    group = parser.add_argument_group("unmixing (recommended, with --auto-key border)")
-    group.add_argument(
-        "--unmix", action="store_true", help="recover alpha and the subject's own colour; no tuning"
-    )
-    group.add_argument(
-        "--subject", choices=SUBJECTS,
-        help="what areas that share the key's hue are; auto judges by the picture (default auto)",
-    )  # fmt: skip
+class Arguments(argparse.Namespace):
+    """What argparse makes of the tables above; None is what was not given."""
+
+    input: list[Path]
+    out: Path | None
+    out_dir: Path | None
+    force: bool
+    json: bool
+    key_color: Colour
+    auto_key: str
+    unmix: bool
+    subject: str | None
+    tolerance: int | None
+    soft_matte: bool
+    transparent_threshold: float | None
+    opaque_threshold: float | None
+    despill: bool
+    edge_contract: int
+    edge_feather: float
 
 
-def add_matte_options(parser: argparse.ArgumentParser) -> None:
-    """Shape the recorded matte."""
-    level = partial(real_number, most=255)
-    group = parser.add_argument_group("matte by colour distance (not with --unmix)")
-    group.add_argument(
-        "--tolerance", type=partial(whole_number, most=255), metavar="0-255",
-        help=f"hard matte: up to this distance is transparent (default {DEFAULT_TOLERANCE})",
-    )  # fmt: skip
-    group.add_argument("--soft-matte", action="store_true", help="a ramp between two thresholds")
-    group.add_argument(
-        "--transparent-threshold", type=level, metavar="0-255",
-        help=f"soft matte: transparent up to here (default {DEFAULT_TRANSPARENT_THRESHOLD:g})",
-    )  # fmt: skip
-    group.add_argument(
-        "--opaque-threshold", type=level, metavar="0-255",
-        help=f"soft matte: opaque from here (default {DEFAULT_OPAQUE_THRESHOLD:g})",
-    )  # fmt: skip
-    group.add_argument(
-        "--spill-cleanup", "--despill", dest="despill", action="store_true",
-        help="cap the key's channels in pixels that are not opaque",
-    )  # fmt: skip
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises what `main` prints like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse what argparse cannot read."""
+        raise UsageError(f"{message}; see {self.prog} --help")
 
 
-def add_edge_options(parser: argparse.ArgumentParser) -> None:
-    """Change the finished matte."""
-    group = parser.add_argument_group("edge")
-    group.add_argument(
-        "--edge-contract", type=partial(whole_number, most=MAX_EDGE_CONTRACT), default=0,
-        metavar=f"0-{MAX_EDGE_CONTRACT}", help="choke the matte by so many pixels (default 0)",
-    )  # fmt: skip
-    group.add_argument(
-        "--edge-feather", type=partial(real_number, most=MAX_EDGE_FEATHER), default=0.0,
-        metavar=f"0-{MAX_EDGE_FEATHER:g}", help="blur the matte with this radius (default 0)",
-    )  # fmt: skip
+def add_group(parser: Parser, title: str, options: Sequence[Option]) -> None:
+    """Add the options of a table under their title."""
+    group = parser.add_argument_group(title)
+    for option in options:
+        takes: dict[str, Any] = {"dest": option.name, "help": option.help}
+        if option.convert is bool:
+            group.add_argument(*option.flags.split(), action="store_true", **takes)
+            continue
+        default = option.choices[0] if option.choices else option.default
+        shown = METHOD_DEFAULTS.get(option.name, default)
+        if shown is not None:
+            takes["help"] += f" (default {shown})"
+        if option.name not in METHOD_DEFAULTS:
+            takes["default"] = default
+        takes |= {"type": option.convert, "metavar": option.metavar, "choices": option.choices}
+        if option.most is not None:
+            takes["type"] = functools.partial(option.convert, most=option.most)
+            takes["metavar"] = f"0-{option.most}"
+        if option.several:
+            takes |= {"action": "extend", "nargs": "+", "required": True}
+        group.add_argument(*option.flags.split(), **takes)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All options in five groups; the module docstring is the help text."""
+def build_parser() -> Parser:
+    """All options in their groups; the module docstring without its map is the help text."""
     summary, _, details = (__doc__ or "").partition("\n\n")
     parser = Parser(
         prog="remove_chroma_key.py",
         description=summary,
-        epilog=details,
+        epilog=details.partition("The file, from top to bottom:")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    for add_options in (
-        add_file_options, add_key_options, add_unmix_options, add_matte_options, add_edge_options
-    ):  # fmt: skip
-        add_options(parser)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    for title, options in OPTION_GROUPS.items():
+        add_group(parser, title, options)
     return parser
 
 
-def method_from(arguments: argparse.Namespace) -> MatteOptions | UnmixOptions:
+def given(arguments: Arguments, names: Sequence[str]) -> dict[str, Any]:
+    """Those of the values that the command line has."""
+    values = {name: getattr(arguments, name) for name in names}
+    return {key: value for key, value in values.items() if value is not None and value is not False}
+
+
+def method_from(arguments: Arguments) -> MatteMethod | UnmixMethod:
     """Choose the method and fill in its defaults."""
-    if arguments.unmix:
-        return UnmixOptions(subject=arguments.subject or SUBJECTS[0])
-
-    def given(value: float | None, default: float) -> float:
-        return default if value is None else value
-
-    return MatteOptions(
-        tolerance=int(given(arguments.tolerance, DEFAULT_TOLERANCE)),
-        soft=arguments.soft_matte,
-        transparent_threshold=given(arguments.transparent_threshold, DEFAULT_TRANSPARENT_THRESHOLD),
-        opaque_threshold=given(arguments.opaque_threshold, DEFAULT_OPAQUE_THRESHOLD),
-        despill=arguments.despill,
-    )
+    method = UnmixMethod if arguments.unmix else MatteMethod
+    return method(**given(arguments, method._fields))
 
 
-def jobs_from(arguments: argparse.Namespace) -> list[Job]:
-    """One job per input; the only reader of the argparse namespace besides `option_problems`."""
-    options = Options(
+def jobs_from(arguments: Arguments) -> list[Job]:
+    """One job per input; preflight has seen to it that there is a name or a folder for it."""
+    treatment = Treatment(
         key_colour=arguments.key_color,
         auto_key=arguments.auto_key,
         method=method_from(arguments),
         edge_contract=arguments.edge_contract,
         edge_feather=arguments.edge_feather,
-        force=arguments.force,
     )
     return [
         Job(
             source=source,
-            target=arguments.out or arguments.out_dir / f"{source.stem}.png",
-            options=options,
+            target=arguments.out or Path(arguments.out_dir or "", f"{source.stem}.png"),
+            force=arguments.force,
+            treatment=treatment,
         )
         for source in arguments.input
     ]
 
 
-# ── 5 · Preflight ────────────────────────────────────────────────────────────────────────────────
+# ── 5 · Preflight ─────────────────────────────────────────────────────────────────────────────────
 
 
-def package_problems() -> Iterator[str]:
-    """Name the package that is not there, if any."""
-    if MISSING_PACKAGE:
-        yield f"{MISSING_PACKAGE} is not installed; run: python -m pip install pillow numpy"
-
-
-def option_problems(arguments: argparse.Namespace) -> Iterator[str]:
+def check_options(arguments: Arguments) -> Iterator[str]:
     """Options that contradict each other."""
-    matte_flags = {
-        "--tolerance": arguments.tolerance is not None,
-        "--soft-matte": arguments.soft_matte,
-        "--transparent-threshold": arguments.transparent_threshold is not None,
-        "--opaque-threshold": arguments.opaque_threshold is not None,
-        "--despill": arguments.despill,
-    }
-    if arguments.unmix and any(matte_flags.values()):
-        received = ", ".join(flag for flag, is_given in matte_flags.items() if is_given)
-        yield f"{received} shapes the matte that --unmix replaces; leave out one or the other"
+    received = given(arguments, MatteMethod._fields)
+    if arguments.unmix and received:
+        flags = ", ".join("--" + name.replace("_", "-") for name in received)
+        yield f"{flags} shapes the matte that --unmix replaces; leave out one or the other"
     if arguments.subject and not arguments.unmix:
         yield f"--subject {arguments.subject} needs --unmix; add it or leave --subject out"
     method = method_from(arguments)
-    if isinstance(method, MatteOptions) and method.soft:
+    if isinstance(method, MatteMethod) and method.soft_matte:
         low, high = method.transparent_threshold, method.opaque_threshold
         if low >= high:
             yield (
@@ -398,50 +460,6 @@ def option_problems(arguments: argparse.Namespace) -> Iterator[str]:
         yield "give either --out PATH (one input) or --out-dir DIR (any number)"
     elif arguments.out is not None and len(arguments.input) > 1:
         yield f"--out takes one input, received {len(arguments.input)}; use --out-dir DIR"
-
-
-def file_problems(jobs: Sequence[Job]) -> Iterator[str]:
-    """Find inputs and outputs that cannot work, whatever the pictures hold."""
-    if len(jobs) == 1:
-        yield from source_problems(jobs[0].source)
-    inputs = {os.path.realpath(job.source): job.source for job in jobs}
-    outputs: dict[str, Job] = {}
-    for job in jobs:
-        real_target = os.path.realpath(job.target)
-        if real_target in inputs:
-            yield f"{job.target} is the input {inputs[real_target]}; choose another output"
-        elif real_target in outputs:
-            yield (
-                f"{job.source} and {outputs[real_target].source} would both become {job.target}; "
-                "rename one or run them apart"
-            )
-        else:
-            yield from target_problems(job)
-        outputs[real_target] = job
-
-
-def source_problems(source: Path) -> Iterator[str]:
-    """Find out that the only input is none; among several it is one failure of many."""
-    if is_directory(source):
-        yield f"{source} is a directory; give picture files"
-    elif not is_there(source):
-        yield f"{source} does not exist; check the path"
-    elif not source.is_file():
-        yield f"{source} is no regular file; give picture files"
-
-
-def target_problems(job: Job) -> Iterator[str]:
-    """Find why an output could not be written."""
-    target = job.target
-    if target.suffix.lower() not in OUTPUT_FORMATS:
-        yield f"{target} ends in {target.suffix or 'nothing'!r}; only .png and .webp keep alpha"
-    if is_directory(target):
-        yield f"{target} is a directory; give a file name"
-    elif os.path.lexists(target) and not job.options.force:
-        yield f"{target} exists; choose another name or add --force"
-    above = next((folder for folder in target.parents if is_there(folder)), None)
-    if above is not None and not is_directory(above):
-        yield f"{above} is no directory, so {target} cannot be written; choose another place"
 
 
 def is_there(path: Path) -> bool:
@@ -457,70 +475,95 @@ def is_directory(path: Path) -> bool:
     return is_there(path) and path.is_dir()
 
 
+def check_source(source: Path) -> Iterator[str]:
+    """Find out that the only input is none; among several it is one failure of many."""
+    if is_directory(source):
+        yield f"{source} is a directory; give picture files"
+    elif not is_there(source):
+        yield f"{source} does not exist; check the path"
+    elif not source.is_file():
+        yield f"{source} is no regular file; give picture files"
+
+
+def check_target(job: Job) -> Iterator[str]:
+    """Find why an output could not be written."""
+    target = job.target
+    if target.suffix.lower() not in OUTPUT_FORMATS:
+        yield f"{target} ends in {target.suffix or 'nothing'!r}; only .png and .webp keep alpha"
+    if is_directory(target):
+        yield f"{target} is a directory; give a file name"
+    elif os.path.lexists(target) and not job.force:
+        yield f"{target} exists; choose another name or add --force"
+    above = next((folder for folder in target.parents if is_there(folder)), None)
+    if above is not None and not is_directory(above):
+        yield f"{above} is no directory, so {target} cannot be written; choose another place"
+
+
+def check_files(jobs: Sequence[Job]) -> Iterator[str]:
+    """Find inputs and outputs that cannot work, whatever the pictures hold."""
+    if len(jobs) == 1:
+        yield from check_source(jobs[0].source)
+    inputs = {os.path.realpath(job.source): job.source for job in jobs}
+    outputs: dict[str, Job] = {}
+    for job in jobs:
+        real_target = os.path.realpath(job.target)
+        if real_target in inputs:
+            yield f"{job.target} is the input {inputs[real_target]}; choose another output"
+        elif real_target in outputs:
+            yield (
+                f"{job.source} and {outputs[real_target].source} would both become {job.target}; "
+                "rename one or run them apart"
+            )
+        else:
+            yield from check_target(job)
+        outputs[real_target] = job
+
+
+def check_packages() -> Iterator[str]:
+    """Load the packages, before any worker process needs them, or name one that is not there."""
+    try:
+        for name in ("numpy", "PIL.Image"):
+            importlib.import_module(name)
+    except ModuleNotFoundError as missing:
+        yield f"{missing.name} is not installed; run: python -m pip install pillow numpy"
+
+
 def refuse(problems: Iterator[str]) -> None:
     """Raise one UsageError for all problems, if there is any."""
     found = list(problems)
     if found:
-        raise UsageError(found)
+        raise UsageError(*found)
 
 
-# ── 6 · Read ─────────────────────────────────────────────────────────────────────────────────────
-
-
-def read_picture(path: Path) -> Picture:
-    """Decode a still picture of any mode, upright, as 8-bit RGB planes."""
-    if is_there(path) and not path.is_file():  # to open a pipe would wait for its writer
-        raise ChromaKeyError("no regular file; give picture files")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return picture_from(image)
-    except ChromaKeyError:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        limit = f"{Image.MAX_IMAGE_PIXELS or 0:,}"
-        raise ChromaKeyError(f"more than {limit} pixels; scale the picture down first") from error
-    except UnidentifiedImageError as error:
-        raise ChromaKeyError("no picture that Pillow can read; give PNG, JPEG or WebP") from error
-    except OSError as error:
-        raise ChromaKeyError(
-            f"cannot be read ({error.strerror or error}); make it again"
-        ) from error
-    except MemoryError as error:
-        raise ChromaKeyError("too large for the memory; scale the picture down first") from error
-    # Decoders answer damage with SyntaxError, struct.error, ValueError, IndexError and more.
-    except Exception as error:
-        raise ChromaKeyError(f"a damaged picture ({error}); make it again") from error
-
-
-def picture_from(image: Image.Image) -> Picture:
-    """Upright 8-bit planes of an opened picture."""
-    if image.format in DRAWING_FORMATS:
-        raise ChromaKeyError(f"{image.format} is a drawing and has no pixels; export it as PNG")
-    # An MPO is a photograph with a second view or a thumbnail behind it, no animation.
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-        raise ChromaKeyError(
-            f"{getattr(image, 'n_frames', 1)} frames; only still pictures are accepted, "
-            "save the frame you want as PNG"
-        )
-    profile = image.info.get("icc_profile")
-    flat, profile = to_rgb(upright(image), profile)
-    bands = flat.split()
-    red, green, blue, *alpha = (np.asarray(band) for band in bands)
-    return Picture(
-        planes=(red, green, blue), alpha=alpha[0] if alpha else None, icc_profile=profile
-    )
+# ── 6 · Read ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def upright(image: Image.Image) -> Image.Image:
     """Turn the picture as the camera was held."""
     if image.getexif().get(EXIF_ORIENTATION, 1) == 1:
         return image
-    from PIL import ImageOps
-
     return ImageOps.exif_transpose(image)
+
+
+def sixteen_bit_grey(image: Image.Image) -> Image.Image:
+    """Pillow clips such pictures at 255 instead of scaling them."""
+    levels = np.asarray(image).astype(np.float64)
+    scaled = np.clip(np.rint(levels / 257.0), 0, 255).astype(np.uint8)
+    return Image.fromarray(scaled).convert("RGB")
+
+
+def through_profile(image: Image.Image, profile: bytes) -> Image.Image:
+    """Convert to sRGB with LittleCMS, or leave the picture to Pillow's plain conversion."""
+    with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError):
+        converted = ImageCms.profileToProfile(
+            image,
+            ImageCms.ImageCmsProfile(BytesIO(profile)),
+            ImageCms.createProfile("sRGB"),
+            outputMode="RGB",
+        )
+        if converted is not None:
+            return converted
+    return image
 
 
 def to_rgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, bytes | None]:
@@ -541,51 +584,54 @@ def to_rgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, byte
     return image.convert("RGBA" if has_alpha else "RGB"), profile
 
 
-def sixteen_bit_grey(image: Image.Image) -> Image.Image:
-    """Pillow clips such pictures at 255 instead of scaling them."""
-    levels = np.asarray(image).astype(np.float64)
-    scaled = np.clip(np.rint(levels / 257.0), 0, 255).astype(np.uint8)
-    return Image.fromarray(scaled).convert("RGB")
-
-
-def through_profile(image: Image.Image, profile: bytes) -> Image.Image:
-    """Convert to sRGB with LittleCMS, or leave the picture to Pillow's plain conversion."""
-    from PIL import ImageCms
-
-    with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError):
-        converted = ImageCms.profileToProfile(
-            image,
-            ImageCms.ImageCmsProfile(BytesIO(profile)),
-            ImageCms.createProfile("sRGB"),
-            outputMode="RGB",
+def picture_from(image: Image.Image) -> Picture:
+    """Upright 8-bit planes of an opened picture."""
+    if image.format in DRAWING_FORMATS:
+        raise ChromaKeyError(f"{image.format} is a drawing and has no pixels; export it as PNG")
+    frames = getattr(image, "n_frames", 1)
+    # An MPO is a photograph with a second view or a thumbnail behind it, no animation.
+    if frames > 1 and image.format != "MPO":
+        raise ChromaKeyError(
+            f"{frames} frames; only still pictures are accepted, save the frame you want as PNG"
         )
-        if converted is not None:
-            return converted
-    return image
+    flat, profile = to_rgb(upright(image), image.info.get("icc_profile"))
+    red, green, blue, *alpha = (np.asarray(plane) for plane in flat.split())
+    return Picture((red, green, blue), alpha[0] if alpha else None, profile)
 
 
-# ── 7 · Key colour ───────────────────────────────────────────────────────────────────────────────
+def read_picture(path: Path) -> Picture:
+    """Decode a still picture of any mode, upright, as 8-bit RGB planes."""
+    if is_there(path) and not path.is_file():  # to open a pipe would wait for its writer
+        raise ChromaKeyError("no regular file; give picture files")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return picture_from(image)
+    except (ChromaKeyError, MemoryError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        limit = f"{Image.MAX_IMAGE_PIXELS or 0:,}"
+        raise ChromaKeyError(f"more than {limit} pixels; scale the picture down first") from error
+    except PIL.UnidentifiedImageError as error:
+        raise ChromaKeyError("no picture that Pillow can read; give PNG, JPEG or WebP") from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise ChromaKeyError(f"cannot be read ({reason}); make it again") from error
+    # Decoders answer damage with SyntaxError, struct.error, ValueError, IndexError and more.
+    except Exception as error:
+        raise ChromaKeyError(f"a damaged picture ({error}); make it again") from error
 
 
-def border_samples(planes: Planes) -> U8:
-    """Sample a band along each side, shape (n, 3)."""
-    height, width = planes[0].shape
-    step = max(1, min(width, height) // BORDER_POSITIONS)
-    band = min(BORDER_BAND, height, width)
-    return pixels_of(
-        planes,
-        np.s_[:band, ::step], np.s_[height - band :, ::step],
-        np.s_[::step, :band], np.s_[::step, width - band :],
-    )  # fmt: skip
+# ── 7 · Key colour ────────────────────────────────────────────────────────────────────────────────
 
-
-def corner_samples(planes: Planes) -> U8:
-    """Take a square in each corner, shape (n, 3)."""
-    height, width = planes[0].shape
-    patch = min(CORNER_PATCH, height, width)
-    top, bottom = slice(patch), slice(height - patch, None)
-    left, right = slice(patch), slice(width - patch, None)
-    return pixels_of(planes, (top, left), (top, right), (bottom, left), (bottom, right))
+# Recorded, as the matte of section 9: other values would give other pixels.
+CORNER_SIDE = 12
+BORDER_DEPTH = 6
+BORDER_POSITIONS = 256
+SPILL_CHANNEL_MIN = 128
+SPILL_CHANNEL_SLACK = 16
 
 
 def pixels_of(planes: Planes, *areas: tuple[slice, slice]) -> U8:
@@ -595,11 +641,30 @@ def pixels_of(planes: Planes, *areas: tuple[slice, slice]) -> U8:
     )
 
 
-def key_of(planes: Planes, options: Options) -> Colour:
+def border_samples(planes: Planes) -> U8:
+    """Sample a band along each side, shape (n, 3)."""
+    height, width = planes[0].shape
+    step = max(1, min(width, height) // BORDER_POSITIONS)
+    depth = min(BORDER_DEPTH, height, width)
+    top, bottom = np.s_[:depth, ::step], np.s_[height - depth :, ::step]
+    left, right = np.s_[::step, :depth], np.s_[::step, width - depth :]
+    return pixels_of(planes, top, bottom, left, right)
+
+
+def corner_samples(planes: Planes) -> U8:
+    """Take a square in each corner, shape (n, 3)."""
+    height, width = planes[0].shape
+    side = min(CORNER_SIDE, height, width)
+    top, bottom = slice(side), slice(height - side, None)
+    left, right = slice(side), slice(width - side, None)
+    return pixels_of(planes, (top, left), (top, right), (bottom, left), (bottom, right))
+
+
+def key_of(planes: Planes, treatment: Treatment) -> Colour:
     """Take the named key colour, or the median per channel of the corners or the border."""
-    if options.auto_key == "none":
-        return options.key_colour
-    samples = corner_samples(planes) if options.auto_key == "corners" else border_samples(planes)
+    if treatment.auto_key == "none":
+        return treatment.key_colour
+    samples = corner_samples(planes) if treatment.auto_key == "corners" else border_samples(planes)
     red, green, blue = np.rint(np.median(samples, axis=0)).astype(int).tolist()
     return red, green, blue
 
@@ -610,7 +675,9 @@ def spill_channels(key: Colour) -> tuple[int, ...]:
     return tuple(channel for channel in range(3) if key[channel] >= floor)
 
 
-# ── 8 · Planes and masks ─────────────────────────────────────────────────────────────────────────
+# ── 8 · Planes and masks ──────────────────────────────────────────────────────────────────────────
+
+EDGE_WIDTH = 3  # antialiased edges lie within so many pixels of the background
 
 
 def key_distance(planes: Planes, key: Colour) -> U8:
@@ -619,15 +686,15 @@ def key_distance(planes: Planes, key: Colour) -> U8:
         np.maximum(plane, level) - np.minimum(plane, level)
         for plane, level in zip(planes, np.array(key, np.uint8), strict=True)
     ]
-    farthest: U8 = np.maximum(np.maximum(distances[0], distances[1]), distances[2])
-    return farthest
+    largest: U8 = np.maximum(np.maximum(distances[0], distances[1]), distances[2])
+    return largest
 
 
-def key_strength_and_rest(planes: Planes, spill: tuple[int, ...]) -> tuple[U8, U8]:
+def key_strength_and_rest(planes: Planes, channels: tuple[int, ...]) -> tuple[U8, U8]:
     """Weakest of the key's channels and strongest of the others (0 where there is none)."""
     nothing = np.zeros_like(planes[0])
-    strength = [planes[channel] for channel in range(3) if channel in spill] or [nothing]
-    rest = [planes[channel] for channel in range(3) if channel not in spill] or [nothing]
+    strength = [planes[channel] for channel in range(3) if channel in channels] or [nothing]
+    rest = [planes[channel] for channel in range(3) if channel not in channels] or [nothing]
     lowest, highest = strength[0], rest[0]
     for plane in strength[1:]:
         lowest = np.minimum(lowest, plane)
@@ -657,7 +724,12 @@ def dilate(mask: Mask, reach: int) -> Mask:
     return mask
 
 
-# ── 9 · Matte by colour distance (recorded behaviour) ────────────────────────────────────────────
+# ── 9 · Matte by colour distance, as recorded ─────────────────────────────────────────────────────
+
+KEY_LIKE_DISTANCE = 32
+KEY_LIKE_DOMINANCE = 16
+HAZE_ALPHA = 8
+DESPILL_ALPHA = 252
 
 
 def distance_alpha(distance: U8, low: float, high: float) -> U8:
@@ -670,44 +742,15 @@ def distance_alpha(distance: U8, low: float, high: float) -> U8:
 
 
 def dominance_alpha(strength: U8, rest: U8, key: Colour) -> U8:
-    """How far the key's channels stand out, through a table of (strength, rest)."""
+    """How far the key's channels stand out, through a table of (strength, rest).
+
+    That is the colour difference key of Petro Vlahos, here in 8 bits and only as an upper limit.
+    """
     levels = np.arange(256, dtype=np.float64)
     dominance = levels[:, None] - levels
     share = np.minimum(1.0, dominance / np.maximum(1.0, max(key) - levels))
     table = np.where(dominance <= 0, 255, np.rint(255.0 * (1.0 - share))).astype(np.uint8)
     return table[strength, rest]
-
-
-def distance_matte(picture: Picture, key: Colour, options: MatteOptions) -> Cutout:
-    """Alpha by distance to the key colour, exactly as recorded."""
-    spill = spill_channels(key)
-    distance = key_distance(picture.planes, key)
-    strength, rest = key_strength_and_rest(picture.planes, spill)
-    dominance = strength.astype(np.int16) - rest
-    key_like = (distance <= KEY_LIKE_DISTANCE) | (dominance >= KEY_LIKE_DOMINANCE)
-    if not spill:
-        key_like[...] = True
-    alpha = np.where(distance <= options.tolerance, np.uint8(0), np.uint8(255))
-    if options.soft:
-        soft = distance_alpha(distance, options.transparent_threshold, options.opaque_threshold)
-        by_dominance = dominance_alpha(strength, rest, key) if spill else np.uint8(255)
-        alpha = np.where(key_like, np.minimum(soft, by_dominance), alpha)
-    alpha = times_input_alpha(alpha, picture.alpha)
-    matched = bool((alpha == 0).any())
-    planes = picture.planes
-    if options.despill:
-        spilled = key_like & (alpha < DESPILL_ALPHA)
-        cap = np.where(spilled, np.maximum(rest, 1) - np.uint8(1), np.uint8(255))
-        planes = capped(planes, spill, cap)
-    planes = blank_where(planes, alpha == 0)
-    key_hued = (dominance >= KEY_LIKE_DISTANCE) & ~dilate(distance <= KEY_LIKE_DISTANCE, EDGE_WIDTH)
-    return Cutout(
-        planes=planes,
-        alpha=alpha,
-        key=key,
-        matched=matched,
-        key_hued=int(np.count_nonzero(key_hued)),
-    )
 
 
 def times_input_alpha(alpha: U8, input_alpha: U8 | None) -> U8:
@@ -718,7 +761,10 @@ def times_input_alpha(alpha: U8, input_alpha: U8 | None) -> U8:
 
 
 def capped(planes: Planes, channels: tuple[int, ...], cap: U8) -> Planes:
-    """No channel of the key above `cap`; a key with every channel lit has no hue to take away."""
+    """No channel of the key above `cap`; a key with every channel lit has no hue to take away.
+
+    Vlahos' rule against spill: on green, no pixel is greener than the larger of red and blue.
+    """
     if len(channels) == len(planes):
         return planes
     red, green, blue = (
@@ -728,7 +774,33 @@ def capped(planes: Planes, channels: tuple[int, ...], cap: U8) -> Planes:
     return red, green, blue
 
 
-# ── 10 · Unmixing ────────────────────────────────────────────────────────────────────────────────
+def cut_by_distance(picture: Picture, key: Colour, method: MatteMethod) -> Cutout:
+    """Alpha by distance to the key colour, exactly as recorded."""
+    channels = spill_channels(key)
+    distance = key_distance(picture.planes, key)
+    strength, rest = key_strength_and_rest(picture.planes, channels)
+    dominance = strength.astype(np.int16) - rest
+    key_like = (distance <= KEY_LIKE_DISTANCE) | (dominance >= KEY_LIKE_DOMINANCE)
+    if not channels:
+        key_like[...] = True
+    alpha = np.where(distance <= method.tolerance, np.uint8(0), np.uint8(255))
+    if method.soft_matte:
+        soft = distance_alpha(distance, method.transparent_threshold, method.opaque_threshold)
+        limit = dominance_alpha(strength, rest, key) if channels else np.uint8(255)
+        alpha = np.where(key_like, np.minimum(soft, limit), alpha)
+    alpha = times_input_alpha(alpha, picture.alpha)
+    matched = bool((alpha == 0).any())
+    planes = picture.planes
+    if method.despill:
+        spilled = key_like & (alpha < DESPILL_ALPHA)
+        cap = np.where(spilled, np.maximum(rest, 1) - np.uint8(1), np.uint8(255))
+        planes = capped(planes, channels, cap)
+    planes = blank_where(planes, alpha == 0)
+    key_hued = (dominance >= KEY_LIKE_DISTANCE) & ~dilate(distance <= KEY_LIKE_DISTANCE, EDGE_WIDTH)
+    return Cutout(planes, alpha, key, matched, key_hued_pixels=int(np.count_nonzero(key_hued)))
+
+
+# ── 10 · Unmixing ─────────────────────────────────────────────────────────────────────────────────
 #
 # Every pixel is a mixture C = a·F + (1 - a)·K. With D(C) the height of the key's channel above
 # another one, q = 1 - D(C)/D(K) is linear in it: q = a·q_F. Alpha is q where the subject lacks the
@@ -738,7 +810,6 @@ HUE_CONTRAST = 64  # a key without two channels that far apart has no hue to unm
 GREY_KEY_REACH = 96  # then, what is that far from the key is subject
 NOISE_REACH = 24  # border pixels farther from the key are subject, not noise
 FAINT = 20  # up to there a pixel is background or too faint to be an edge
-EDGE_WIDTH = 3  # antialiased edges lie within so many pixels of the background
 SEARCH_RADII = (6, 4, 2)  # where certain subject colours are looked for, in pixels
 CERTAIN_Q = 0.97  # above, a pixel away from the edges is certainly subject
 SHARES_HUE = 0.9  # below, an opaque pixel is reported to share the key's hue
@@ -753,8 +824,7 @@ FLAT_STEP = 1.5  # neighbouring cells of one flat colour differ by less
 CHROMA_NOISE = 5  # variance that quantisation adds to the chroma of a JPEG
 
 
-@dataclass(frozen=True, kw_only=True)
-class Backdrop:
+class Backdrop(NamedTuple):
     """The key as this picture shows it; deviations are standard deviations in levels.
 
     `grain` is the deviation from pixel to pixel, `spread` that from the key, drift included;
@@ -767,8 +837,7 @@ class Backdrop:
     threshold: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cells:
+class Cells(NamedTuple):
     """Blocks of the picture, (rows, columns): mean colour, q, and what borders on background."""
 
     colour: F32
@@ -779,8 +848,7 @@ class Cells:
     ring: Mask
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What cells with the key's hue are, and whether the picture is see-through.
 
     `opaque_from` is the least q, in hundredths, of pixels that belong to an opaque area; 255 where
@@ -792,7 +860,7 @@ class Verdict:
     see_through: bool
 
 
-def unmix(picture: Picture, key: Colour, options: UnmixOptions) -> Cutout:
+def cut_by_unmixing(picture: Picture, key: Colour, method: UnmixMethod) -> Cutout:
     """Recover alpha and straight colour of a picture of mixtures."""
     backdrop = measure_backdrop(picture.planes, key)
     distance = key_distance(picture.planes, key)
@@ -804,7 +872,7 @@ def unmix(picture: Picture, key: Colour, options: UnmixOptions) -> Cutout:
         colour = sharpen_chroma(colour)
     q = key_free_share(colour, backdrop)
     inner = ~dilate(faint, EDGE_WIDTH)
-    verdict = judge_cells(cells_of(colour, q, faint, backdrop), backdrop, options.subject)
+    verdict = judge_cells(cells_of(colour, q, faint, backdrop), backdrop, method.subject)
     levels = np.clip(q * np.float32(100), 0, 200).astype(np.uint8)
     even, ridge = texture_of(levels)
     key_hued = inner & (q < 1) & (levels >= enlarge(verdict.opaque_from, q.shape))
@@ -831,7 +899,7 @@ def unmix(picture: Picture, key: Colour, options: UnmixOptions) -> Cutout:
         alpha=matte,
         key=key,
         matched=bool(background.any()),
-        key_hued=int(np.count_nonzero(key_hued & (q < SHARES_HUE))),
+        key_hued_pixels=int(np.count_nonzero(key_hued & (q < SHARES_HUE))),
     )
 
 
@@ -1242,45 +1310,47 @@ def straight(planes: Planes, colour: F32, alpha: F32, backdrop: Backdrop) -> tup
     return straight_planes, matte
 
 
-# ── 11 · Edge ────────────────────────────────────────────────────────────────────────────────────
+# ── 11 · Edge ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def shape_edge(cutout: Cutout, options: Options) -> Cutout:
-    """Choke the matte with 3x3 minimum filters, then blur it."""
-    if not options.edge_contract and not options.edge_feather:
-        return cutout
-    from PIL import ImageFilter
+def bleed_colour(planes: Planes, alpha: U8, blur: ImageFilter.GaussianBlur) -> Planes:
+    """Give what the feather will uncover the colour of its surroundings instead of black.
 
-    matte = Image.fromarray(cutout.alpha)
-    for _ in range(options.edge_contract):
-        matte = matte.filter(ImageFilter.MinFilter(3))
-    planes = cutout.planes
-    if options.edge_feather:
-        blur = ImageFilter.GaussianBlur(options.edge_feather)
-        if isinstance(options.method, UnmixOptions):
-            planes = spread_colour(planes, np.asarray(matte), blur)
-        matte = matte.filter(blur)
-    alpha = np.asarray(matte)
-    if isinstance(options.method, UnmixOptions):
-        planes = blank_where(planes, alpha == 0)
-    return replace(cutout, planes=planes, alpha=alpha)
-
-
-def spread_colour(planes: Planes, alpha: U8, blur: ImageFilter.GaussianBlur) -> Planes:
-    """Give what the feather will uncover the colour of its surroundings instead of black."""
+    Only premultiplied colours can be averaged (Porter and Duff 1984, "Compositing Digital Images").
+    """
     weight = np.asarray(Image.fromarray(alpha).filter(blur)).astype(np.float32)
     empty = alpha == 0
-    spread = []
+    bled = []
     for plane in planes:
         premultiplied = np.rint(plane * (alpha / np.float32(255))).astype(np.uint8)
         blurred = np.asarray(Image.fromarray(premultiplied).filter(blur))
-        colour = np.minimum(np.rint(blurred * (255 / np.maximum(weight, 1))), 255)
-        spread.append(np.where(empty, colour.astype(np.uint8), plane))
-    red, green, blue = spread
+        around = np.minimum(np.rint(blurred * (255 / np.maximum(weight, 1))), 255)
+        bled.append(np.where(empty, around.astype(np.uint8), plane))
+    red, green, blue = bled
     return red, green, blue
 
 
-# ── 12 · Self-check ──────────────────────────────────────────────────────────────────────────────
+def contract_and_feather(cutout: Cutout, treatment: Treatment) -> Cutout:
+    """Choke the matte with 3x3 minimum filters, then blur it."""
+    if not treatment.edge_contract and not treatment.edge_feather:
+        return cutout
+    is_unmixed = isinstance(treatment.method, UnmixMethod)
+    matte = Image.fromarray(cutout.alpha)
+    for _ in range(treatment.edge_contract):
+        matte = matte.filter(ImageFilter.MinFilter(3))
+    planes = cutout.planes
+    if treatment.edge_feather:
+        blur = ImageFilter.GaussianBlur(treatment.edge_feather)
+        if is_unmixed:
+            planes = bleed_colour(planes, np.asarray(matte), blur)
+        matte = matte.filter(blur)
+    alpha = np.asarray(matte)
+    if is_unmixed:
+        planes = blank_where(planes, alpha == 0)
+    return cutout._replace(planes=planes, alpha=alpha)
+
+
+# ── 12 · Self-check ───────────────────────────────────────────────────────────────────────────────
 
 FLAT_BORDER_DISTANCE = 40  # from the key colour; generous enough for noise, JPEG and a slow drift
 FLAT_BORDER_SHARE = 0.6  # the rest may be a subject that leaves the picture
@@ -1289,49 +1359,23 @@ KEY_HUED_SHARE = 0.01
 CUT_SHARE = 0.01
 
 
-def hex_colour(key: Colour) -> str:
-    """`#rrggbb`."""
-    return "#{:02x}{:02x}{:02x}".format(*key)
-
-
 def spill_level(cutout: Cutout) -> float:
     """Mean key tint that shows in partially transparent pixels, levels of 255."""
-    planes, alpha, key = cutout.planes, cutout.alpha, cutout.key
-    spill = spill_channels(key)
-    band = np.flatnonzero((alpha > 0) & (alpha < 255))
-    if not spill or len(spill) == len(planes) or not band.size:
+    planes, alpha = cutout.planes, cutout.alpha
+    channels = spill_channels(cutout.key)
+    partly = np.flatnonzero((alpha > 0) & (alpha < 255))
+    if not channels or len(channels) == len(planes) or not partly.size:
         return 0.0
-    red, green, blue = (plane.reshape(-1)[band] for plane in planes)
-    strength, rest = key_strength_and_rest((red, green, blue), spill)
-    tint = np.maximum(strength, rest) - rest
-    return float((tint * (alpha.reshape(-1)[band] / 255.0)).mean())
+    red, green, blue = (plane.reshape(-1)[partly] for plane in planes)
+    strength, rest = key_strength_and_rest((red, green, blue), channels)
+    excess = np.maximum(strength, rest) - rest
+    return float((excess * (alpha.reshape(-1)[partly] / 255.0)).mean())
 
 
-def sides_cut(alpha: U8) -> tuple[str, ...]:
+def cut_sides(alpha: U8) -> tuple[str, ...]:
     """Name the sides along which the subject leaves the picture."""
     sides = {"top": alpha[0], "right": alpha[:, -1], "bottom": alpha[-1], "left": alpha[:, 0]}
     return tuple(side for side, line in sides.items() if float((line > 127).mean()) > CUT_SHARE)
-
-
-def check_cutout(picture: Picture, cutout: Cutout) -> SelfCheck:
-    """Measure what tells a good cut-out from a bad one."""
-    alpha = cutout.alpha
-    off_key = np.abs(border_samples(picture.planes) - np.array(cutout.key, np.int16)).max(axis=-1)
-    transparent = alpha.size - int(np.count_nonzero(alpha))
-    opaque = int(np.count_nonzero(alpha == 255))
-    corners = alpha[[0, 0, -1, -1], [0, -1, 0, -1]]
-    check = SelfCheck(
-        transparent=transparent,
-        partial=alpha.size - transparent - opaque,
-        opaque=opaque,
-        border_uniform=float((off_key <= FLAT_BORDER_DISTANCE).mean()),
-        border_spread=float(np.percentile(off_key, 90)),
-        corners_transparent=int(np.count_nonzero(corners == 0)),
-        residual_spill=spill_level(cutout),
-        key_hued=cutout.key_hued / max(1, alpha.size - transparent),
-        sides_cut=sides_cut(alpha),
-    )
-    return replace(check, warnings=tuple(complaints(check, cutout)))
 
 
 def complaints(check: SelfCheck, cutout: Cutout) -> Iterator[str]:
@@ -1361,19 +1405,28 @@ def complaints(check: SelfCheck, cutout: Cutout) -> Iterator[str]:
         )
 
 
-# ── 13 · Write ───────────────────────────────────────────────────────────────────────────────────
-
-
-def encode(cutout: Cutout, target: Path, profile: bytes | None) -> bytes:
-    """PNG or lossless WebP of straight RGBA."""
-    pixels = np.stack([*cutout.planes, cutout.alpha], axis=-1)
-    if OUTPUT_FORMATS[target.suffix.lower()] == "PNG":
-        return png(pixels, profile)
-    buffer = BytesIO()
-    Image.fromarray(pixels).save(
-        buffer, "WEBP", lossless=True, exact=True, method=4, icc_profile=profile or b""
+def self_check(picture: Picture, cutout: Cutout) -> SelfCheck:
+    """Measure what tells a good cut-out from a bad one."""
+    alpha = cutout.alpha
+    off_key = np.abs(border_samples(picture.planes) - np.array(cutout.key, np.int16)).max(axis=-1)
+    transparent = alpha.size - int(np.count_nonzero(alpha))
+    opaque = int(np.count_nonzero(alpha == 255))
+    corners = alpha[[0, 0, -1, -1], [0, -1, 0, -1]]
+    check = SelfCheck(
+        transparent=transparent,
+        partial=alpha.size - transparent - opaque,
+        opaque=opaque,
+        border_uniform=float((off_key <= FLAT_BORDER_DISTANCE).mean()),
+        border_spread=float(np.percentile(off_key, 90)),
+        corners_transparent=int(np.count_nonzero(corners == 0)),
+        residual_spill=spill_level(cutout),
+        key_hued=cutout.key_hued_pixels / max(1, alpha.size - transparent),
+        sides_cut=cut_sides(alpha),
     )
-    return buffer.getvalue()
+    return check._replace(warnings=tuple(complaints(check, cutout)))
+
+
+# ── 13 · Write ────────────────────────────────────────────────────────────────────────────────────
 
 
 def png(pixels: U8, profile: bytes | None) -> bytes:
@@ -1400,6 +1453,28 @@ def png(pixels: U8, profile: bytes | None) -> bytes:
     )
 
 
+def encode(cutout: Cutout, target: Path, profile: bytes | None) -> bytes:
+    """PNG or lossless WebP of straight RGBA."""
+    pixels = np.stack([*cutout.planes, cutout.alpha], axis=-1)
+    if OUTPUT_FORMATS[target.suffix.lower()] == "PNG":
+        return png(pixels, profile)
+    buffer = BytesIO()
+    Image.fromarray(pixels).save(
+        buffer, "WEBP", lossless=True, exact=True, method=4, icc_profile=profile or b""
+    )
+    return buffer.getvalue()
+
+
+def reserve(temporary: Path, target: Path) -> None:
+    """Claim a name that must be free: by a hard link, or by an empty file where there are none."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        raise
+    except OSError:
+        target.open("xb").close()
+
+
 def write_new(target: Path, data: bytes, *, force: bool) -> None:
     """Put `data` at `target` whole or not at all; without `force` never in place of a file."""
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -1415,41 +1490,7 @@ def write_new(target: Path, data: bytes, *, force: bool) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def reserve(temporary: Path, target: Path) -> None:
-    """Claim a name that must be free: by a hard link, or by an empty file where there are none."""
-    try:
-        os.link(temporary, target)
-    except FileExistsError:
-        raise
-    except OSError:
-        target.open("xb").close()
-
-
-# ── 14 · Report ──────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(kw_only=True)
-class Report:
-    """Tells each outcome as it comes in, and remembers whether any picture is missing."""
-
-    as_json: bool
-    missing: int = 0
-
-    def add(self, outcome: Done | Failed) -> None:
-        """Tell one outcome."""
-        if isinstance(outcome, Failed):
-            self.missing += 1
-            print(f"Error: {outcome.job.source}: {outcome.reason}", file=sys.stderr)
-        else:
-            for warning in outcome.check.warnings:
-                print(f"Warning: {outcome.job.source}: {warning}", file=sys.stderr)
-        for line in [json_line(outcome)] if self.as_json else text_lines(outcome):
-            tell(line)
-
-    @property
-    def exit_code(self) -> int:
-        """0 when no picture is missing."""
-        return 1 if self.missing else 0
+# ── 14 · Report ───────────────────────────────────────────────────────────────────────────────────
 
 
 def tell(line: str) -> None:
@@ -1478,8 +1519,6 @@ def text_lines(outcome: Done | Failed) -> list[str]:
 
 def json_line(outcome: Done | Failed) -> str:
     """One object for one picture."""
-    import json
-
     job = outcome.job
     if isinstance(outcome, Failed):
         failure = {"input": str(job.source), "output": None, "error": outcome.reason}
@@ -1506,33 +1545,51 @@ def json_line(outcome: Done | Failed) -> str:
     return json.dumps(fields, ensure_ascii=False)
 
 
-# ── 15 · Run ─────────────────────────────────────────────────────────────────────────────────────
+class Report:
+    """Tells each outcome as it comes in; the exit code is 1 once a picture is missing."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.as_json = as_json
+        self.exit_code = 0
+
+    def add(self, outcome: Done | Failed) -> None:
+        """Tell one outcome."""
+        if isinstance(outcome, Failed):
+            self.exit_code = 1
+            print(f"Error: {outcome.job.source}: {outcome.reason}", file=sys.stderr)
+        else:
+            for warning in outcome.check.warnings:
+                print(f"Warning: {outcome.job.source}: {warning}", file=sys.stderr)
+        for line in [json_line(outcome)] if self.as_json else text_lines(outcome):
+            tell(line)
+
+
+# ── 15 · Run ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def run_job(job: Job) -> Done | Failed:
     """Cut one picture out; every expected failure becomes an outcome."""
     try:
         picture = read_picture(job.source)
-        options = job.options
-        key = key_of(picture.planes, options)
-        if isinstance(options.method, UnmixOptions):
-            cutout = unmix(picture, key, options.method)
+        treatment = job.treatment
+        key = key_of(picture.planes, treatment)
+        if isinstance(treatment.method, UnmixMethod):
+            cutout = cut_by_unmixing(picture, key, treatment.method)
         else:
-            cutout = distance_matte(picture, key, options.method)
-        cutout = shape_edge(cutout, options)
-        check = check_cutout(picture, cutout)
-        data = encode(cutout, job.target, picture.icc_profile)
-        write_new(job.target, data, force=options.force)
+            cutout = cut_by_distance(picture, key, treatment.method)
+        cutout = contract_and_feather(cutout, treatment)
+        check = self_check(picture, cutout)
+        write_new(job.target, encode(cutout, job.target, picture.icc_profile), force=job.force)
     except ChromaKeyError as error:
-        return Failed(job=job, reason=str(error))
+        return Failed(job, str(error))
     except FileExistsError:
-        return Failed(job=job, reason=f"{job.target} appeared meanwhile; add --force to replace it")
+        return Failed(job, f"{job.target} appeared meanwhile; add --force to replace it")
     except OSError as error:
-        return Failed(job=job, reason=f"{job.target} cannot be written: {error.strerror or error}")
+        return Failed(job, f"{job.target} cannot be written: {error.strerror or error}")
     except MemoryError:
-        return Failed(job=job, reason="too large for the memory; scale the picture down first")
+        return Failed(job, TOO_LARGE)
     height, width = cutout.alpha.shape
-    return Done(job=job, size=(width, height), key=key, check=check)
+    return Done(job, (width, height), key, check)
 
 
 def run_jobs(jobs: Sequence[Job]) -> Iterator[Done | Failed]:
@@ -1544,33 +1601,30 @@ def run_jobs(jobs: Sequence[Job]) -> Iterator[Done | Failed]:
     if workers == 1:
         yield from map(run_job, jobs)
         return
-    from concurrent.futures import ProcessPoolExecutor
-    from concurrent.futures.process import BrokenProcessPool
-
-    with ProcessPoolExecutor(workers) as pool:
+    with futures.ProcessPoolExecutor(workers) as pool:
         pending = [(job, pool.submit(run_job, job)) for job in jobs]
         try:
             for job, future in pending:
                 try:
                     yield future.result()
-                except BrokenProcessPool:
-                    yield Failed(job=job, reason="its worker process died (out of memory?)")
+                except futures.BrokenExecutor:
+                    yield Failed(job, "its worker process died (out of memory?)")
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-# ── 16 · Main ────────────────────────────────────────────────────────────────────────────────────
+# ── 16 · Main ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, refuse or run, and return the exit code."""
     try:
-        arguments = build_parser().parse_args(argv)
-        refuse(option_problems(arguments))
+        arguments = build_parser().parse_args(argv, Arguments())
+        refuse(check_options(arguments))
         jobs = jobs_from(arguments)
-        refuse(file_problems(jobs))
-        refuse(package_problems())
+        refuse(check_files(jobs))
+        refuse(check_packages())
         report = Report(as_json=arguments.json)
         for outcome in run_jobs(jobs):
             report.add(outcome)
@@ -1585,4 +1639,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

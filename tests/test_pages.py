@@ -316,7 +316,7 @@ def shown_default(action: argparse.Action) -> str:
     if action.required:
         return "required"
     if action.nargs == 0:
-        return "off" if action.dest != "help" else "-"
+        return "off" if action.dest not in {"help", "version"} else "-"
     if default is None or default == ():
         return "-"
     return f"{default:g}" if isinstance(default, float) else str(default)
@@ -363,7 +363,7 @@ def test_every_flag_of_image_gen_stands_in_a_table_once() -> None:
 def test_the_table_of_the_key_remover_agrees_with_its_parser() -> None:
     rows = table("references/cli.md", "remove_chroma_key.py")
     flags = [flag for row in rows for flag in re.findall(r"--[a-z-]+", row[0])]
-    assert flags == [*list(KEY_FLAGS)[1:], "--help"]
+    assert flags == [*list(KEY_FLAGS)[2:], "--help", "--version"]
     for name, default, _ in rows:
         flag, _, metavar = name.split(",")[0].strip("`").partition(" ")
         action = KEY_FLAGS[flag]
@@ -506,7 +506,7 @@ def test_the_exit_codes_are_those_of_help() -> None:
     codes = re.findall(r"^  (\d+)", image_gen.EXIT_CODES, re.MULTILINE)
     assert first_cells("references/cli.md", "Exit codes") == codes
     assert first_cells("README.md", "Exit codes") == codes
-    of_the_other = str(remove_chroma_key.__doc__).rpartition("Exit codes:")[2]
+    of_the_other = remove_chroma_key.build_parser().format_help().rpartition("Exit codes:")[2]
     assert re.findall(r"(\d+) ", of_the_other) == [code for code in codes if code != "3"]
 
 

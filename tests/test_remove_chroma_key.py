@@ -260,7 +260,7 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
 def test_a_missing_package_is_named_with_the_command_that_installs_it(
     picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remove_chroma_key, "MISSING_PACKAGE", "numpy")
+    monkeypatch.setitem(sys.modules, "numpy", None)
     outcome = run("--input", picture, "--out", tmp_path / "o.png")
     assert outcome.exit_code == 2
     assert outcome.errors == [
@@ -268,16 +268,36 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
     ]
 
 
-def test_help_works_without_numpy_and_pillow(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("argv", "exit_code", "said"),
+    [
+        pytest.param(["--help"], 0, "--out-dir", id="help"),
+        pytest.param(["--version"], 0, "remove_chroma_key.py ", id="version"),
+        pytest.param(["--input", "none.png", "--out", "o.jpg"], 2, "only .png", id="refusal"),
+        pytest.param(["--input", "disc.png", "--out", "o.png"], 2, "numpy is not ins", id="work"),
+    ],
+)
+def test_nothing_but_the_work_itself_needs_numpy_and_pillow(
+    argv: list[str], exit_code: int, said: str, picture: Path
+) -> None:
+    folder = picture.parent
     for name in ("numpy", "PIL"):
-        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError(name={name!r})")
-    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        (folder / f"{name}.py").write_text(f"raise ModuleNotFoundError(name={name!r})")
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--help"],
-        capture_output=True, text=True, check=False, env=env, timeout=60,
+        [sys.executable, str(SCRIPT), *argv],
+        capture_output=True, text=True, check=False, timeout=60, cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
     )  # fmt: skip
-    assert done.returncode == 0
-    assert "--out-dir" in done.stdout
+    assert done.returncode == exit_code
+    assert said in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_version_is_that_of_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        remove_chroma_key.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"remove_chroma_key.py {remove_chroma_key.__version__}\n"
 
 
 # ── Damaged and odd inputs ───────────────────────────────────────────────────────────────────────
