@@ -13,22 +13,22 @@ Exit codes: 0 every requested image is on disk · 1 at least one image is missin
 anything was done · 130 interrupted.
 
 The file, from top to bottom:
-   1  limits and defaults, as tables
-   2  words and failures
-   3  records
-   4  command line: tables of options, and what is made of them
-   5  preflight: everything that can be refused beforehand
-   6  read: any picture as 8-bit planes
-   7  key colour: named, or measured at the corners or the border
-   8  planes and masks
-   9  matte by colour distance, as recorded
-  10  unmixing
-  11  edge: contract and feather
-  12  self-check
-  13  write
-  14  report
-  15  run
-  16  main
+   1   limits and defaults, as tables
+   2   words and failures
+   3   records
+   4   command line: a new option is a row of a table
+   5   preflight: a new refusal is a sentence of a generator
+   6   read: any still picture as 8-bit planes
+   7   key colour: named, or measured at the corners or the border
+   8   planes and masks
+   9   matte by colour distance, as recorded
+  10   unmixing
+  11   edge: contract and feather
+  12   self-check: a new warning is a sentence of a generator
+  13   write
+  14   report
+  15   run
+  16   main
 """
 # /// script
 # requires-python = ">=3.11"
@@ -50,7 +50,7 @@ import warnings
 import zlib
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 
 __version__ = "0.2.0"
 
@@ -72,7 +72,6 @@ if TYPE_CHECKING:
     import json
     from collections.abc import Callable, Iterator, Sequence
     from concurrent import futures
-    from typing import NoReturn, TypeAlias
 
     import numpy as np
     import PIL
@@ -80,10 +79,9 @@ if TYPE_CHECKING:
     from PIL import Image, ImageCms, ImageFilter, ImageOps
 
     U8: TypeAlias = NDArray[np.uint8]
-    I16: TypeAlias = NDArray[np.int16]
     F32: TypeAlias = NDArray[np.float32]
     Mask: TypeAlias = NDArray[np.bool_]
-    Planes: TypeAlias = tuple[U8, U8, U8]
+    Planes: TypeAlias = tuple[U8, ...]  # red, green, blue
     Colour: TypeAlias = tuple[int, int, int]
 else:
     futures, json, np, PIL = map(Lazy, ("concurrent.futures", "json", "numpy", "PIL"))
@@ -99,10 +97,8 @@ DEFAULT_KEY_COLOUR = "#00ff00"
 DEFAULT_TOLERANCE = 12
 DEFAULT_TRANSPARENT_THRESHOLD = 12
 DEFAULT_OPAQUE_THRESHOLD = 96
-MAX_LEVEL = 255
 MAX_EDGE_CONTRACT = 16
 MAX_EDGE_FEATHER = 64
-
 AUTO_KEYS = ("none", "corners", "border")  # the first of each is the default
 SUBJECTS = ("auto", "opaque", "translucent")
 OUTPUT_FORMATS = {".png": "PNG", ".webp": "WEBP"}
@@ -110,8 +106,6 @@ DRAWING_FORMATS = {"EPS", "WMF", "EMF"}  # Pillow would start Ghostscript for th
 EXIF_ORIENTATION = 0x0112
 
 # ── 2 · Words and failures ────────────────────────────────────────────────────────────────────────
-
-TOO_LARGE = "too large for the memory; scale the picture down first"
 
 
 def hex_colour(key: Colour) -> str:
@@ -150,23 +144,17 @@ class UnmixMethod(NamedTuple):
     subject: str = SUBJECTS[0]
 
 
-class Treatment(NamedTuple):
-    """What is done to every picture."""
-
-    key_colour: Colour
-    auto_key: str
-    method: MatteMethod | UnmixMethod
-    edge_contract: int
-    edge_feather: float
-
-
 class Job(NamedTuple):
     """One picture to cut out."""
 
     source: Path
     target: Path
     force: bool
-    treatment: Treatment
+    key_colour: Colour
+    auto_key: str
+    method: MatteMethod | UnmixMethod
+    edge_contract: int
+    edge_feather: float
 
 
 class Picture(NamedTuple):
@@ -239,10 +227,9 @@ def as_whole_number(text: str, *, most: int) -> int:
 
 def as_real_number(text: str, *, most: float) -> float:
     """Convert a number from 0 to `most`."""
-    try:
+    number = math.nan
+    with contextlib.suppress(ValueError):
         number = float(text)
-    except ValueError:
-        number = math.nan
     if not 0 <= number <= most:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to {most:g}")
     return number
@@ -251,83 +238,46 @@ def as_real_number(text: str, *, most: float) -> float:
 class Option(NamedTuple):
     """A row of the tables below."""
 
-    flags: str  # the last one names the value
+    flags: str  # the last one names the attribute of `Arguments`
     help: str
-    convert: Callable[..., Any] = bool  # a switch
-    most: int | None = None  # of a number, which begins at 0
-    default: Any = None
-    metavar: str | None = None
-    choices: tuple[str, ...] | None = None  # the first of them is the default
+    values: tuple[str, ...] | int | str = ""  # choices, largest number or a word; none of a switch
+    convert: Callable[..., Any] = str
+    default: Any = None  # of choices it is the first, of numbers 0 or the method's
     several: bool = False  # at least one value
-
-    @property
-    def name(self) -> str:
-        """The attribute of `Arguments`."""
-        return self.flags.split()[-1].removeprefix("--").replace("-", "_")
 
 
 FILE_OPTIONS = (
     Option(
-        "--input",
-        "the pictures to cut out; several need --out-dir",
-        Path,
-        metavar="PATH",
-        several=True,
+        "--input", "the pictures to cut out; several need --out-dir", "PATH", Path, several=True
     ),
-    Option("--out", "the cut-out, .png or .webp", Path, metavar="PATH"),
-    Option("--out-dir", "write DIR/<input stem>.png", Path, metavar="DIR"),
+    Option("--out", "the cut-out, .png or .webp", "PATH", Path),
+    Option("--out-dir", "write DIR/<input stem>.png", "DIR", Path),
     Option("--force", "replace existing outputs"),
     Option("--json", "print one JSON object a line per picture instead of text"),
 )
 KEY_OPTIONS = (
-    Option(
-        "--key-color",
-        "the colour to remove",
-        as_colour,
-        default=DEFAULT_KEY_COLOUR,
-        metavar="#RRGGBB",
-    ),
-    Option(
-        "--auto-key",
-        "measure the key colour at the corners or border instead",
-        str,
-        choices=AUTO_KEYS,
-    ),
+    Option("--key-color", "the colour to remove", "#RRGGBB", as_colour, DEFAULT_KEY_COLOUR),
+    Option("--auto-key", "measure the key colour at the corners or border instead", AUTO_KEYS),
 )
 UNMIX_OPTIONS = (
     Option("--unmix", "recover alpha and the subject's own colour; no tuning"),
     Option(
-        "--subject",
-        "what areas that share the key's hue are; auto judges by the picture",
-        str,
-        choices=SUBJECTS,
+        "--subject", "what areas that share the key's hue are; auto judges by the picture", SUBJECTS
     ),
 )
 MATTE_OPTIONS = (
-    Option(
-        "--tolerance", "hard matte: up to this distance is transparent", as_whole_number, MAX_LEVEL
-    ),
+    Option("--tolerance", "hard matte: up to this distance is transparent", 255, as_whole_number),
     Option("--soft-matte", "a ramp between two thresholds"),
-    Option(
-        "--transparent-threshold", "soft matte: transparent up to here", as_real_number, MAX_LEVEL
-    ),
-    Option("--opaque-threshold", "soft matte: opaque from here", as_real_number, MAX_LEVEL),
+    Option("--transparent-threshold", "soft matte: transparent up to here", 255, as_real_number),
+    Option("--opaque-threshold", "soft matte: opaque from here", 255, as_real_number),
     Option("--spill-cleanup --despill", "cap the key's channels in pixels that are not opaque"),
 )
 EDGE_OPTIONS = (
     Option(
-        "--edge-contract",
-        "choke the matte by so many pixels",
-        as_whole_number,
-        MAX_EDGE_CONTRACT,
-        default=0,
+        "--edge-contract", "choke the matte by so many pixels", MAX_EDGE_CONTRACT, as_whole_number
     ),
-    Option(
-        "--edge-feather", "blur the matte with this radius", as_real_number, MAX_EDGE_FEATHER, 0
-    ),
+    Option("--edge-feather", "blur the matte with this radius", MAX_EDGE_FEATHER, as_real_number),
 )
-# What argparse does not fill in, so that it shows what was given beside or without --unmix.
-METHOD_DEFAULTS = {**UnmixMethod._field_defaults, **MatteMethod._field_defaults}
 OPTION_GROUPS = {
     "files": FILE_OPTIONS,
     "key colour": KEY_OPTIONS,
@@ -335,10 +285,12 @@ OPTION_GROUPS = {
     "matte by colour distance (not with --unmix)": MATTE_OPTIONS,
     "edge": EDGE_OPTIONS,
 }
+# What --help shows and argparse does not fill in, so that it can be told which are given.
+METHOD_DEFAULTS = {**UnmixMethod._field_defaults, **MatteMethod._field_defaults}
 
 
 class Arguments(argparse.Namespace):
-    """What argparse makes of the tables above; None is what was not given."""
+    """What argparse makes of the tables above, beside what `given` finds of a MatteMethod."""
 
     input: list[Path]
     out: Path | None
@@ -349,11 +301,6 @@ class Arguments(argparse.Namespace):
     auto_key: str
     unmix: bool
     subject: str | None
-    tolerance: int | None
-    soft_matte: bool
-    transparent_threshold: float | None
-    opaque_threshold: float | None
-    despill: bool
     edge_contract: int
     edge_feather: float
 
@@ -370,20 +317,23 @@ def add_group(parser: Parser, title: str, options: Sequence[Option]) -> None:
     """Add the options of a table under their title."""
     group = parser.add_argument_group(title)
     for option in options:
-        takes: dict[str, Any] = {"dest": option.name, "help": option.help}
-        if option.convert is bool:
-            group.add_argument(*option.flags.split(), action="store_true", **takes)
-            continue
-        default = option.choices[0] if option.choices else option.default
-        shown = METHOD_DEFAULTS.get(option.name, default)
-        if shown is not None:
-            takes["help"] += f" (default {shown})"
-        if option.name not in METHOD_DEFAULTS:
-            takes["default"] = default
-        takes |= {"type": option.convert, "metavar": option.metavar, "choices": option.choices}
-        if option.most is not None:
-            takes["type"] = functools.partial(option.convert, most=option.most)
-            takes["metavar"] = f"0-{option.most}"
+        name = option.flags.split()[-1].removeprefix("--").replace("-", "_")
+        takes: dict[str, Any] = {"dest": name, "help": option.help}
+        values, default = option.values, option.default
+        if not values:
+            takes |= {"action": "store_true"}
+        elif isinstance(values, tuple):
+            takes |= {"choices": values}
+            default = values[0]
+        elif isinstance(values, int):
+            convert = functools.partial(option.convert, most=values)
+            takes |= {"type": convert, "metavar": f"0-{values}"}
+            default = METHOD_DEFAULTS.get(name, 0)
+        else:
+            takes |= {"type": option.convert, "metavar": values}
+        if default is not None:
+            takes["help"] += f" (default {default})"
+            takes["default"] = None if name in METHOD_DEFAULTS else default
         if option.several:
             takes |= {"action": "extend", "nargs": "+", "required": True}
         group.add_argument(*option.flags.split(), **takes)
@@ -419,19 +369,16 @@ def method_from(arguments: Arguments) -> MatteMethod | UnmixMethod:
 
 def jobs_from(arguments: Arguments) -> list[Job]:
     """One job per input; preflight has seen to it that there is a name or a folder for it."""
-    treatment = Treatment(
-        key_colour=arguments.key_color,
-        auto_key=arguments.auto_key,
-        method=method_from(arguments),
-        edge_contract=arguments.edge_contract,
-        edge_feather=arguments.edge_feather,
-    )
     return [
         Job(
             source=source,
             target=arguments.out or Path(arguments.out_dir or "", f"{source.stem}.png"),
             force=arguments.force,
-            treatment=treatment,
+            key_colour=arguments.key_color,
+            auto_key=arguments.auto_key,
+            method=method_from(arguments),
+            edge_contract=arguments.edge_contract,
+            edge_feather=arguments.edge_feather,
         )
         for source in arguments.input
     ]
@@ -462,26 +409,14 @@ def check_options(arguments: Arguments) -> Iterator[str]:
         yield f"--out takes one input, received {len(arguments.input)}; use --out-dir DIR"
 
 
-def is_there(path: Path) -> bool:
-    """Tell whether something is there; a name that no file can have is not (Path.exists raises)."""
-    with contextlib.suppress(OSError, ValueError):
-        path.stat()
-        return True
-    return False
-
-
-def is_directory(path: Path) -> bool:
-    """Tell whether a directory is there."""
-    return is_there(path) and path.is_dir()
-
-
 def check_source(source: Path) -> Iterator[str]:
     """Find out that the only input is none; among several it is one failure of many."""
-    if is_directory(source):
+    # For a name that no file can have, os.path says no, and Path raises.
+    if os.path.isdir(source):
         yield f"{source} is a directory; give picture files"
-    elif not is_there(source):
+    elif not os.path.exists(source):
         yield f"{source} does not exist; check the path"
-    elif not source.is_file():
+    elif not os.path.isfile(source):
         yield f"{source} is no regular file; give picture files"
 
 
@@ -490,12 +425,12 @@ def check_target(job: Job) -> Iterator[str]:
     target = job.target
     if target.suffix.lower() not in OUTPUT_FORMATS:
         yield f"{target} ends in {target.suffix or 'nothing'!r}; only .png and .webp keep alpha"
-    if is_directory(target):
+    if os.path.isdir(target):
         yield f"{target} is a directory; give a file name"
     elif os.path.lexists(target) and not job.force:
         yield f"{target} exists; choose another name or add --force"
-    above = next((folder for folder in target.parents if is_there(folder)), None)
-    if above is not None and not is_directory(above):
+    above = next((folder for folder in target.parents if os.path.exists(folder)), None)
+    if above is not None and not os.path.isdir(above):
         yield f"{above} is no directory, so {target} cannot be written; choose another place"
 
 
@@ -530,54 +465,31 @@ def check_packages() -> Iterator[str]:
 
 def refuse(problems: Iterator[str]) -> None:
     """Raise one UsageError for all problems, if there is any."""
-    found = list(problems)
-    if found:
+    if found := list(problems):
         raise UsageError(*found)
 
 
 # ── 6 · Read ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """Turn the picture as the camera was held."""
-    if image.getexif().get(EXIF_ORIENTATION, 1) == 1:
-        return image
-    return ImageOps.exif_transpose(image)
-
-
-def sixteen_bit_grey(image: Image.Image) -> Image.Image:
-    """Pillow clips such pictures at 255 instead of scaling them."""
-    levels = np.asarray(image).astype(np.float64)
-    scaled = np.clip(np.rint(levels / 257.0), 0, 255).astype(np.uint8)
-    return Image.fromarray(scaled).convert("RGB")
-
-
 def through_profile(image: Image.Image, profile: bytes) -> Image.Image:
     """Convert to sRGB with LittleCMS, or leave the picture to Pillow's plain conversion."""
     with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError):
-        converted = ImageCms.profileToProfile(
-            image,
-            ImageCms.ImageCmsProfile(BytesIO(profile)),
-            ImageCms.createProfile("sRGB"),
-            outputMode="RGB",
-        )
-        if converted is not None:
-            return converted
+        stored = ImageCms.ImageCmsProfile(BytesIO(profile))
+        srgb = ImageCms.createProfile("sRGB")
+        image = ImageCms.profileToProfile(image, stored, srgb, outputMode="RGB") or image
     return image
 
 
-def to_rgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, bytes | None]:
-    """RGB or RGBA with the same look, and the profile that still describes it.
-
-    A profile of another colour space (CMYK, grey, Lab) says nothing about RGB values, so such
-    pictures are converted through it to sRGB, if LittleCMS can, and lose it.
-    """
+def to_rgb(image: Image.Image) -> tuple[Image.Image, bytes | None]:
+    """RGB or RGBA with the same look, and the profile that still describes it."""
     if image.mode.startswith("I;16") or image.mode == "I":
-        return sixteen_bit_grey(image), None
-    is_rgb_profile = profile is not None and profile[16:20] == b"RGB "
-    if profile is not None and not is_rgb_profile:
-        image = through_profile(image, profile)
-        profile = None
+        levels = np.rint(np.asarray(image).astype(np.float64) / 257.0)  # Pillow would clip at 255
+        return Image.fromarray(np.clip(levels, 0, 255).astype(np.uint8)).convert("RGB"), None
+    profile = image.info.get("icc_profile")
+    # A profile of another colour space (CMYK, grey, Lab) says nothing about RGB values.
+    if profile is not None and profile[16:20] != b"RGB ":
+        image, profile = through_profile(image, profile), None
     if image.mode in {"La", "RGBa"}:
         image = image.convert("LA" if image.mode == "La" else "RGBA")
     has_alpha = image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info
@@ -594,14 +506,16 @@ def picture_from(image: Image.Image) -> Picture:
         raise ChromaKeyError(
             f"{frames} frames; only still pictures are accepted, save the frame you want as PNG"
         )
-    flat, profile = to_rgb(upright(image), image.info.get("icc_profile"))
+    if image.getexif().get(EXIF_ORIENTATION, 1) != 1:  # the camera was not held upright
+        image = ImageOps.exif_transpose(image)
+    flat, profile = to_rgb(image)
     red, green, blue, *alpha = (np.asarray(plane) for plane in flat.split())
     return Picture((red, green, blue), alpha[0] if alpha else None, profile)
 
 
 def read_picture(path: Path) -> Picture:
     """Decode a still picture of any mode, upright, as 8-bit RGB planes."""
-    if is_there(path) and not path.is_file():  # to open a pipe would wait for its writer
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would wait for its writer
         raise ChromaKeyError("no regular file; give picture files")
     try:
         with warnings.catch_warnings():
@@ -636,9 +550,8 @@ SPILL_CHANNEL_SLACK = 16
 
 def pixels_of(planes: Planes, *areas: tuple[slice, slice]) -> U8:
     """Collect the pixels of some areas, shape (n, 3)."""
-    return np.stack(
-        [np.concatenate([plane[area].ravel() for area in areas]) for plane in planes], axis=-1
-    )
+    found = [np.concatenate([plane[area].ravel() for area in areas]) for plane in planes]
+    return np.stack(found, axis=-1)
 
 
 def border_samples(planes: Planes) -> U8:
@@ -660,11 +573,11 @@ def corner_samples(planes: Planes) -> U8:
     return pixels_of(planes, (top, left), (top, right), (bottom, left), (bottom, right))
 
 
-def key_of(planes: Planes, treatment: Treatment) -> Colour:
+def key_of(planes: Planes, job: Job) -> Colour:
     """Take the named key colour, or the median per channel of the corners or the border."""
-    if treatment.auto_key == "none":
-        return treatment.key_colour
-    samples = corner_samples(planes) if treatment.auto_key == "corners" else border_samples(planes)
+    if job.auto_key == "none":
+        return job.key_colour
+    samples = corner_samples(planes) if job.auto_key == "corners" else border_samples(planes)
     red, green, blue = np.rint(np.median(samples, axis=0)).astype(int).tolist()
     return red, green, blue
 
@@ -677,36 +590,28 @@ def spill_channels(key: Colour) -> tuple[int, ...]:
 
 # ── 8 · Planes and masks ──────────────────────────────────────────────────────────────────────────
 
-EDGE_WIDTH = 3  # antialiased edges lie within so many pixels of the background
+EDGE_WIDTH = 3  # pixels from the background to the end of an antialiased edge
 
 
 def key_distance(planes: Planes, key: Colour) -> U8:
     """Largest absolute difference of a channel to the key colour."""
-    distances = [
-        np.maximum(plane, level) - np.minimum(plane, level)
-        for plane, level in zip(planes, np.array(key, np.uint8), strict=True)
-    ]
-    largest: U8 = np.maximum(np.maximum(distances[0], distances[1]), distances[2])
+    pairs = zip(planes, np.array(key, np.uint8), strict=True)
+    distances = [np.maximum(plane, level) - np.minimum(plane, level) for plane, level in pairs]
+    largest: U8 = functools.reduce(np.maximum, distances)
     return largest
 
 
 def key_strength_and_rest(planes: Planes, channels: tuple[int, ...]) -> tuple[U8, U8]:
     """Weakest of the key's channels and strongest of the others (0 where there is none)."""
-    nothing = np.zeros_like(planes[0])
-    strength = [planes[channel] for channel in range(3) if channel in channels] or [nothing]
-    rest = [planes[channel] for channel in range(3) if channel not in channels] or [nothing]
-    lowest, highest = strength[0], rest[0]
-    for plane in strength[1:]:
-        lowest = np.minimum(lowest, plane)
-    for plane in rest[1:]:
-        highest = np.maximum(highest, plane)
-    return lowest, highest
+    nothing = [np.zeros_like(planes[0])]
+    strength = [planes[channel] for channel in channels] or nothing
+    rest = [planes[channel] for channel in range(3) if channel not in channels] or nothing
+    return functools.reduce(np.minimum, strength), functools.reduce(np.maximum, rest)
 
 
 def blank_where(planes: Planes, empty: Mask) -> Planes:
     """Black wherever nothing is to be seen."""
-    red, green, blue = (np.where(empty, np.uint8(0), plane) for plane in planes)
-    return red, green, blue
+    return tuple(np.where(empty, np.uint8(0), plane) for plane in planes)
 
 
 def dilate(mask: Mask, reach: int) -> Mask:
@@ -724,6 +629,13 @@ def dilate(mask: Mask, reach: int) -> Mask:
     return mask
 
 
+def smoothstep(x: NDArray[Any]) -> NDArray[Any]:
+    """Rise smoothly from 0 to 1 between 0 and 1."""
+    ramp = np.clip(x, 0, 1)
+    smooth: NDArray[Any] = ramp * ramp * (3 - 2 * ramp)
+    return smooth
+
+
 # ── 9 · Matte by colour distance, as recorded ─────────────────────────────────────────────────────
 
 KEY_LIKE_DISTANCE = 32
@@ -735,17 +647,13 @@ DESPILL_ALPHA = 252
 def distance_alpha(distance: U8, low: float, high: float) -> U8:
     """Smoothstep from 0 at `low` to 255 at `high`, through a table of the 256 distances."""
     levels = np.arange(256, dtype=np.float64)
-    ramp = np.clip((levels - low) / (high - low), 0.0, 1.0)
-    smooth = np.rint(255.0 * (ramp * ramp * (3.0 - 2.0 * ramp)))
+    smooth = np.rint(255.0 * smoothstep((levels - low) / (high - low)))
     table = np.where(levels <= low, 0, np.where(levels >= high, 255, smooth)).astype(np.uint8)
     return table[distance]
 
 
 def dominance_alpha(strength: U8, rest: U8, key: Colour) -> U8:
-    """How far the key's channels stand out, through a table of (strength, rest).
-
-    That is the colour difference key of Petro Vlahos, here in 8 bits and only as an upper limit.
-    """
+    """How far the key's channels stand out, through a table of (strength, rest)."""
     levels = np.arange(256, dtype=np.float64)
     dominance = levels[:, None] - levels
     share = np.minimum(1.0, dominance / np.maximum(1.0, max(key) - levels))
@@ -753,25 +661,14 @@ def dominance_alpha(strength: U8, rest: U8, key: Colour) -> U8:
     return table[strength, rest]
 
 
-def times_input_alpha(alpha: U8, input_alpha: U8 | None) -> U8:
-    """Multiply two alphas and drop the haze of 1 to 8."""
-    if input_alpha is not None:
-        alpha = np.rint(alpha * (input_alpha / 255.0)).astype(np.uint8)
-    return np.where(alpha <= HAZE_ALPHA, np.uint8(0), alpha)
-
-
 def capped(planes: Planes, channels: tuple[int, ...], cap: U8) -> Planes:
-    """No channel of the key above `cap`; a key with every channel lit has no hue to take away.
-
-    Vlahos' rule against spill: on green, no pixel is greener than the larger of red and blue.
-    """
+    """No channel of the key above `cap`; a key with every channel lit has no hue to take away."""
     if len(channels) == len(planes):
         return planes
-    red, green, blue = (
+    return tuple(
         np.minimum(plane, cap) if channel in channels else plane
         for channel, plane in enumerate(planes)
     )
-    return red, green, blue
 
 
 def cut_by_distance(picture: Picture, key: Colour, method: MatteMethod) -> Cutout:
@@ -788,7 +685,9 @@ def cut_by_distance(picture: Picture, key: Colour, method: MatteMethod) -> Cutou
         soft = distance_alpha(distance, method.transparent_threshold, method.opaque_threshold)
         limit = dominance_alpha(strength, rest, key) if channels else np.uint8(255)
         alpha = np.where(key_like, np.minimum(soft, limit), alpha)
-    alpha = times_input_alpha(alpha, picture.alpha)
+    if picture.alpha is not None:
+        alpha = np.rint(alpha * (picture.alpha / 255.0)).astype(np.uint8)
+    alpha[alpha <= HAZE_ALPHA] = 0
     matched = bool((alpha == 0).any())
     planes = picture.planes
     if method.despill:
@@ -991,7 +890,7 @@ def has_subsampled_chroma(planes: Planes) -> bool:
     )
 
 
-def has_doubled_steps(lines: list[I16]) -> bool:
+def has_doubled_steps(lines: list[NDArray[np.int16]]) -> bool:
     """Test the rule along the rows: does it fit clearly better inside pairs than across them?"""
     fits = np.zeros((2, 2), np.int64)
     red, green, blue = lines
@@ -1171,11 +1070,11 @@ def part_of_plateau(colour: F32, hued: Mask) -> Mask:
     return dilate(core, 1)
 
 
-def count_near(field: NDArray[Any]) -> I16:
+def count_near(field: NDArray[Any]) -> NDArray[np.int16]:
     """Count in each 3x3 neighbourhood."""
     wide = np.pad(field.astype(np.int16), 1)
     rows = wide[:-2] + wide[1:-1] + wide[2:]
-    counts: I16 = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]
+    counts: NDArray[np.int16] = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]
     return counts
 
 
@@ -1235,12 +1134,6 @@ def thin_out(alpha: F32, colour: F32, backdrop: Backdrop, where: NDArray[np.intp
     weight = smoothstep((tint - 5 - doubt) / 25)
     target = np.minimum(np.maximum(light / np.float32(0.95), least), q)
     alpha.reshape(-1)[where] = q + (target - q) * weight
-
-
-def smoothstep(x: F32) -> F32:
-    """Rise smoothly from 0 to 1 between 0 and 1."""
-    ramp = np.clip(x, 0, 1)
-    return ramp * ramp * (3 - 2 * ramp)
 
 
 # Edges: the pixels between certain subject and background.
@@ -1314,33 +1207,27 @@ def straight(planes: Planes, colour: F32, alpha: F32, backdrop: Backdrop) -> tup
 
 
 def bleed_colour(planes: Planes, alpha: U8, blur: ImageFilter.GaussianBlur) -> Planes:
-    """Give what the feather will uncover the colour of its surroundings instead of black.
-
-    Only premultiplied colours can be averaged (Porter and Duff 1984, "Compositing Digital Images").
-    """
+    """Give what the feather will uncover the colour of its surroundings instead of black."""
     weight = np.asarray(Image.fromarray(alpha).filter(blur)).astype(np.float32)
-    empty = alpha == 0
     bled = []
     for plane in planes:
         premultiplied = np.rint(plane * (alpha / np.float32(255))).astype(np.uint8)
         blurred = np.asarray(Image.fromarray(premultiplied).filter(blur))
-        around = np.minimum(np.rint(blurred * (255 / np.maximum(weight, 1))), 255)
-        bled.append(np.where(empty, around.astype(np.uint8), plane))
-    red, green, blue = bled
-    return red, green, blue
+        colour = np.minimum(np.rint(blurred * (255 / np.maximum(weight, 1))), 255)
+        bled.append(np.where(alpha == 0, colour.astype(np.uint8), plane))
+    return tuple(bled)
 
 
-def contract_and_feather(cutout: Cutout, treatment: Treatment) -> Cutout:
+def contract_and_feather(cutout: Cutout, job: Job) -> Cutout:
     """Choke the matte with 3x3 minimum filters, then blur it."""
-    if not treatment.edge_contract and not treatment.edge_feather:
+    if not job.edge_contract and not job.edge_feather:
         return cutout
-    is_unmixed = isinstance(treatment.method, UnmixMethod)
-    matte = Image.fromarray(cutout.alpha)
-    for _ in range(treatment.edge_contract):
+    is_unmixed = isinstance(job.method, UnmixMethod)
+    planes, matte = cutout.planes, Image.fromarray(cutout.alpha)
+    for _ in range(job.edge_contract):
         matte = matte.filter(ImageFilter.MinFilter(3))
-    planes = cutout.planes
-    if treatment.edge_feather:
-        blur = ImageFilter.GaussianBlur(treatment.edge_feather)
+    if job.edge_feather:
+        blur = ImageFilter.GaussianBlur(job.edge_feather)
         if is_unmixed:
             planes = bleed_colour(planes, np.asarray(matte), blur)
         matte = matte.filter(blur)
@@ -1352,30 +1239,24 @@ def contract_and_feather(cutout: Cutout, treatment: Treatment) -> Cutout:
 
 # ── 12 · Self-check ───────────────────────────────────────────────────────────────────────────────
 
-FLAT_BORDER_DISTANCE = 40  # from the key colour; generous enough for noise, JPEG and a slow drift
+FLAT_BORDER_DISTANCE = 40  # levels from the key
 FLAT_BORDER_SHARE = 0.6  # the rest may be a subject that leaves the picture
-LEAST_SHARE = 0.002  # less than that removed or left is nothing
+SPREAD_PERCENTILE = 90  # for the report alone
+LEAST_SHARE = 0.002  # less removed or left is nothing
 KEY_HUED_SHARE = 0.01
-CUT_SHARE = 0.01
+CUT_SHARE = 0.01  # of a side
 
 
 def spill_level(cutout: Cutout) -> float:
     """Mean key tint that shows in partially transparent pixels, levels of 255."""
-    planes, alpha = cutout.planes, cutout.alpha
-    channels = spill_channels(cutout.key)
+    planes, alpha, channels = cutout.planes, cutout.alpha, spill_channels(cutout.key)
     partly = np.flatnonzero((alpha > 0) & (alpha < 255))
     if not channels or len(channels) == len(planes) or not partly.size:
         return 0.0
-    red, green, blue = (plane.reshape(-1)[partly] for plane in planes)
-    strength, rest = key_strength_and_rest((red, green, blue), channels)
+    partial_planes = tuple(plane.reshape(-1)[partly] for plane in planes)
+    strength, rest = key_strength_and_rest(partial_planes, channels)
     excess = np.maximum(strength, rest) - rest
     return float((excess * (alpha.reshape(-1)[partly] / 255.0)).mean())
-
-
-def cut_sides(alpha: U8) -> tuple[str, ...]:
-    """Name the sides along which the subject leaves the picture."""
-    sides = {"top": alpha[0], "right": alpha[:, -1], "bottom": alpha[-1], "left": alpha[:, 0]}
-    return tuple(side for side, line in sides.items() if float((line > 127).mean()) > CUT_SHARE)
 
 
 def complaints(check: SelfCheck, cutout: Cutout) -> Iterator[str]:
@@ -1399,10 +1280,8 @@ def complaints(check: SelfCheck, cutout: Cutout) -> Iterator[str]:
             "it is glass add --subject translucent, better make it again on another key colour"
         )
     if check.sides_cut:
-        yield (
-            f"the subject is cut by the {' and '.join(check.sides_cut)} of the picture; "
-            "make it again with space around it"
-        )
+        cut = " and ".join(check.sides_cut)
+        yield f"the subject is cut by the {cut} of the picture; make it again with space around it"
 
 
 def self_check(picture: Picture, cutout: Cutout) -> SelfCheck:
@@ -1412,16 +1291,17 @@ def self_check(picture: Picture, cutout: Cutout) -> SelfCheck:
     transparent = alpha.size - int(np.count_nonzero(alpha))
     opaque = int(np.count_nonzero(alpha == 255))
     corners = alpha[[0, 0, -1, -1], [0, -1, 0, -1]]
+    sides = {"top": alpha[0], "right": alpha[:, -1], "bottom": alpha[-1], "left": alpha[:, 0]}
     check = SelfCheck(
         transparent=transparent,
         partial=alpha.size - transparent - opaque,
         opaque=opaque,
         border_uniform=float((off_key <= FLAT_BORDER_DISTANCE).mean()),
-        border_spread=float(np.percentile(off_key, 90)),
+        border_spread=float(np.percentile(off_key, SPREAD_PERCENTILE)),
         corners_transparent=int(np.count_nonzero(corners == 0)),
         residual_spill=spill_level(cutout),
         key_hued=cutout.key_hued_pixels / max(1, alpha.size - transparent),
-        sides_cut=cut_sides(alpha),
+        sides_cut=tuple(side for side, line in sides.items() if (line > 127).mean() > CUT_SHARE),
     )
     return check._replace(warnings=tuple(complaints(check, cutout)))
 
@@ -1430,14 +1310,11 @@ def self_check(picture: Picture, cutout: Cutout) -> SelfCheck:
 
 
 def png(pixels: U8, profile: bytes | None) -> bytes:
-    """Encode RGBA (h, w, 4) as PNG, in half of Pillow's time at about the size of its default.
-
-    Pillow tries five filters on every row; Up (2) and run lengths alone suit cut-outs as well.
-    """
+    """Encode RGBA (h, w, 4) as PNG, in half of Pillow's time at about the size of its default."""
     height, width = pixels.shape[:2]
     lines = pixels.reshape(height, 4 * width)
     filtered = np.empty((height, 4 * width + 1), np.uint8)
-    filtered[:, 0] = 2
+    filtered[:, 0] = 2  # Up; Pillow tries five filters on every row, which suits cut-outs no better
     filtered[0, 1:] = lines[0]
     np.subtract(lines[1:], lines[:-1], out=filtered[1:, 1:])
     deflate = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
@@ -1458,21 +1335,9 @@ def encode(cutout: Cutout, target: Path, profile: bytes | None) -> bytes:
     pixels = np.stack([*cutout.planes, cutout.alpha], axis=-1)
     if OUTPUT_FORMATS[target.suffix.lower()] == "PNG":
         return png(pixels, profile)
-    buffer = BytesIO()
-    Image.fromarray(pixels).save(
-        buffer, "WEBP", lossless=True, exact=True, method=4, icc_profile=profile or b""
-    )
+    buffer, settings = BytesIO(), {"lossless": True, "exact": True, "method": 4}
+    Image.fromarray(pixels).save(buffer, "WEBP", icc_profile=profile or b"", **settings)
     return buffer.getvalue()
-
-
-def reserve(temporary: Path, target: Path) -> None:
-    """Claim a name that must be free: by a hard link, or by an empty file where there are none."""
-    try:
-        os.link(temporary, target)
-    except FileExistsError:
-        raise
-    except OSError:
-        target.open("xb").close()
 
 
 def write_new(target: Path, data: bytes, *, force: bool) -> None:
@@ -1482,8 +1347,13 @@ def write_new(target: Path, data: bytes, *, force: bool) -> None:
     try:
         with temporary.open("xb") as file:
             file.write(data)
-        if not force:
-            reserve(temporary, target)
+        if not force:  # claim the name, by a hard link or where there are none by an empty file
+            try:
+                os.link(temporary, target)
+            except FileExistsError:
+                raise
+            except OSError:
+                target.open("xb").close()
         if force or not target.samefile(temporary):
             temporary.replace(target)
     finally:
@@ -1571,13 +1441,12 @@ def run_job(job: Job) -> Done | Failed:
     """Cut one picture out; every expected failure becomes an outcome."""
     try:
         picture = read_picture(job.source)
-        treatment = job.treatment
-        key = key_of(picture.planes, treatment)
-        if isinstance(treatment.method, UnmixMethod):
-            cutout = cut_by_unmixing(picture, key, treatment.method)
+        key = key_of(picture.planes, job)
+        if isinstance(job.method, UnmixMethod):
+            cutout = cut_by_unmixing(picture, key, job.method)
         else:
-            cutout = cut_by_distance(picture, key, treatment.method)
-        cutout = contract_and_feather(cutout, treatment)
+            cutout = cut_by_distance(picture, key, job.method)
+        cutout = contract_and_feather(cutout, job)
         check = self_check(picture, cutout)
         write_new(job.target, encode(cutout, job.target, picture.icc_profile), force=job.force)
     except ChromaKeyError as error:
@@ -1587,7 +1456,7 @@ def run_job(job: Job) -> Done | Failed:
     except OSError as error:
         return Failed(job, f"{job.target} cannot be written: {error.strerror or error}")
     except MemoryError:
-        return Failed(job, TOO_LARGE)
+        return Failed(job, "too large for the memory; scale the picture down first")
     height, width = cutout.alpha.shape
     return Done(job, (width, height), key, check)
 
