@@ -23,6 +23,12 @@ The file, from top to bottom:
    8   planes and masks
    9   matte by colour distance, as recorded
   10   unmixing
+  10a  the backdrop, and q
+  10b  the mixture, its chroma sharpened if it was stored coarsely
+  10c  areas in the key's hue: opaque, glow or shade
+  10d  pixels that are certainly subject
+  10e  the others: coloured light, and edges
+  10f  all of it
   11   edge: contract and feather
   12   self-check: a new warning is a sentence of a generator
   13   write
@@ -81,6 +87,7 @@ if TYPE_CHECKING:
     U8: TypeAlias = NDArray[np.uint8]
     F32: TypeAlias = NDArray[np.float32]
     Mask: TypeAlias = NDArray[np.bool_]
+    Places: TypeAlias = NDArray[np.intp]  # of pixels, in the flattened picture
     Planes: TypeAlias = tuple[U8, ...]  # red, green, blue
     Colour: TypeAlias = tuple[int, int, int]
 else:
@@ -614,19 +621,35 @@ def blank_where(planes: Planes, empty: Mask) -> Planes:
     return tuple(np.where(empty, np.uint8(0), plane) for plane in planes)
 
 
-def dilate(mask: Mask, reach: int) -> Mask:
-    """Grow a mask by `reach` pixels in each direction, in doubling steps."""
+def around(field: NDArray[Any], extreme: np.ufunc, reach: int = 1) -> NDArray[Any]:
+    """Maximum or minimum over a square of 2·reach + 1 pixels, in doubling steps."""
     for axis in (0, 1):
         margin = [(reach, reach) if axis == along else (0, 0) for along in (0, 1)]
-        grown = np.pad(mask, margin)
-        lines = grown.swapaxes(0, axis)
+        lines = np.pad(field, margin, mode="edge").swapaxes(0, axis)
         covered = 1
         while covered < 2 * reach + 1:
             shift = min(covered, 2 * reach + 1 - covered)
-            lines[:-shift] |= lines[shift:]
+            lines = extreme(lines[:-shift], lines[shift:])
             covered += shift
-        mask = lines[: mask.shape[axis]].swapaxes(0, axis)
-    return mask
+        field = lines.swapaxes(0, axis)
+    return field
+
+
+def dilate(mask: Mask, reach: int) -> Mask:
+    """Grow a mask by `reach` pixels in each direction."""
+    return around(mask, np.logical_or, reach)
+
+
+def blocks(plane: NDArray[Any], combine: np.ufunc, size: int) -> NDArray[Any]:
+    """Combine every whole block of size x size pixels; there is always at least one."""
+    short = [max(0, size - length) for length in plane.shape]
+    if any(short):
+        plane = np.pad(plane, [(0, missing) for missing in short], mode="edge")
+    height, width = (length - length % size for length in plane.shape)
+    rows = functools.reduce(combine, [plane[offset:height:size] for offset in range(size)])
+    columns = [rows[:, offset:width:size] for offset in range(size)]
+    cells: NDArray[Any] = functools.reduce(combine, columns)
+    return cells
 
 
 def smoothstep(x: NDArray[Any]) -> NDArray[Any]:
@@ -634,6 +657,15 @@ def smoothstep(x: NDArray[Any]) -> NDArray[Any]:
     ramp = np.clip(x, 0, 1)
     smooth: NDArray[Any] = ramp * ramp * (3 - 2 * ramp)
     return smooth
+
+
+def enlarge(cells: NDArray[Any], shape: tuple[int, ...], size: int) -> NDArray[Any]:
+    """Every cell as size x size pixels, the last ones stretched or cut to fill `shape`."""
+    height, width = shape
+    rows = np.minimum(np.arange(height) // size, cells.shape[0] - 1)
+    columns = np.minimum(np.arange(width) // size, cells.shape[1] - 1)
+    enlarged: NDArray[Any] = cells[:, columns][rows]
+    return enlarged
 
 
 # ── 9 · Matte by colour distance, as recorded ─────────────────────────────────────────────────────
@@ -705,119 +737,41 @@ def cut_by_distance(picture: Picture, key: Colour, method: MatteMethod) -> Cutou
 # another one, q = 1 - D(C)/D(K) is linear in it: q = a·q_F. Alpha is q where the subject lacks the
 # key's hue (q_F = 1), and C - K projected on F - K where a certain subject colour F is near.
 
-HUE_CONTRAST = 64  # a key without two channels that far apart has no hue to unmix by
-GREY_KEY_REACH = 96  # then, what is that far from the key is subject
-NOISE_REACH = 24  # border pixels farther from the key are subject, not noise
-FAINT = 20  # up to there a pixel is background or too faint to be an edge
-SEARCH_RADII = (6, 4, 2)  # where certain subject colours are looked for, in pixels
-CERTAIN_Q = 0.97  # above, a pixel away from the edges is certainly subject
-SHARES_HUE = 0.9  # below, an opaque pixel is reported to share the key's hue
-CELL = 4  # areas are judged by blocks of 4x4 pixels
-EVEN_LEVELS = 5  # hundredths of q, in the flat middle of a thin stroke
-PLATEAU_SHARE = 0.6  # pixels at the rim of an opaque area have at least that much of its q
-STROKE_TINT = 14  # channels farther apart are no grey that a plain mixture explains
-EVEN_Q = 0.25  # q varies more than that only where edges cross a cell
-NEUTRAL = 40  # channels that near each other are grey
-DARK = 80  # a see-through colour that dark is a shadow and says nothing about the subject
-FLAT_STEP = 1.5  # neighbouring cells of one flat colour differ by less
-CHROMA_NOISE = 5  # variance that quantisation adds to the chroma of a JPEG
+# ── 10a · The backdrop, and q ─────────────────────────────────────────────────────────────────────
+
+HUE_CONTRAST = 64  # a key without two channels that far apart has no hue
+GREY_KEY_DISTANCE = 96  # then, what is that far from the key is subject
+NOISE_DISTANCE = 24  # border pixels farther from the key are subject, not noise
+NOISE_PERCENTILE = 99  # of the rest, so many are background
+NOISE_MARGIN = 1.15  # … with some to spare
+LEAST_NOISE = 2  # levels, on a clean key too
+FAINT = 20  # up to there a pixel is too faint to be an edge
+LEAST_ALPHA = 0.02  # no colour is recovered from less
 
 
 class Backdrop(NamedTuple):
-    """The key as this picture shows it; deviations are standard deviations in levels.
-
-    `grain` is the deviation from pixel to pixel, `spread` that from the key, drift included;
-    up to `threshold` from the key everything is background.
-    """
+    """The key as this picture shows it; figures in levels."""
 
     key: F32
-    grain: float
-    spread: float
-    threshold: int
-
-
-class Cells(NamedTuple):
-    """Blocks of the picture, (rows, columns): mean colour, q, and what borders on background."""
-
-    colour: F32
-    q: F32
-    q_range: F32
-    q_high: F32
-    solid: Mask
-    ring: Mask
-
-
-class Verdict(NamedTuple):
-    """What cells with the key's hue are, and whether the picture is see-through.
-
-    `opaque_from` is the least q, in hundredths, of pixels that belong to an opaque area; 255 where
-    there is none. Strokes too thin for a cell `may_be_opaque`.
-    """
-
-    opaque_from: U8
-    may_be_opaque: Mask
-    see_through: bool
-
-
-def cut_by_unmixing(picture: Picture, key: Colour, method: UnmixMethod) -> Cutout:
-    """Recover alpha and straight colour of a picture of mixtures."""
-    backdrop = measure_backdrop(picture.planes, key)
-    distance = key_distance(picture.planes, key)
-    background = distance <= backdrop.threshold
-    faint = distance <= max(backdrop.threshold, FAINT)
-    colour = np.stack(picture.planes, dtype=np.float32)
-    subsampled = has_subsampled_chroma(picture.planes)
-    if subsampled:
-        colour = sharpen_chroma(colour)
-    q = key_free_share(colour, backdrop)
-    inner = ~dilate(faint, EDGE_WIDTH)
-    verdict = judge_cells(cells_of(colour, q, faint, backdrop), backdrop, method.subject)
-    levels = np.clip(q * np.float32(100), 0, 200).astype(np.uint8)
-    even, ridge = texture_of(levels)
-    key_hued = inner & (q < 1) & (levels >= enlarge(verdict.opaque_from, q.shape))
-    even &= ~dilate(faint, 2) & (q < CERTAIN_Q) & enlarge(verdict.may_be_opaque, q.shape)
-    key_hued.reshape(-1)[tinted(colour, q, backdrop, np.flatnonzero(even))] = True
-    certain = (inner & (q >= CERTAIN_Q)) | (ridge & (q >= 1)) | key_hued
-    alpha = np.clip(q, 0, 1)
-    alpha[key_hued] = 1
-    vague = ~(certain | background)
-    if verdict.see_through:
-        thin_out(alpha, colour, backdrop, np.flatnonzero(vague))
-    fit_edges(
-        alpha, colour, backdrop, certain, np.flatnonzero(vague & dilate(certain, SEARCH_RADII[0]))
-    )
-    if subsampled:
-        alpha = settle(alpha)
-    alpha[background] = 0
-    planes, matte = straight(picture.planes, colour, alpha, backdrop)
-    if picture.alpha is not None:
-        matte = np.rint(matte * (picture.alpha / 255.0)).astype(np.uint8)
-        planes = blank_where(planes, matte == 0)
-    return Cutout(
-        planes=planes,
-        alpha=matte,
-        key=key,
-        matched=bool(background.any()),
-        key_hued_pixels=int(np.count_nonzero(key_hued & (q < SHARES_HUE))),
-    )
+    grain: float = 0  # standard deviation from pixel to pixel
+    deviation: float = 4  # standard deviation from the key, drift included
+    farthest: int = 8  # up to there from the key everything is background
 
 
 def measure_backdrop(planes: Planes, key: Colour) -> Backdrop:
     """Measure the border pixels that are key colour."""
-    difference = border_samples(planes) - np.array(key, np.float32)
-    distance = np.abs(difference).max(axis=-1)
-    of_key = difference[distance < NOISE_REACH]
+    exact_key = np.array(key, np.float32)
+    differences = border_samples(planes) - exact_key
+    distances = np.abs(differences).max(axis=-1)
+    is_key = distances < NOISE_DISTANCE
+    of_key = differences[is_key]
     if not of_key.size:
-        return Backdrop(key=np.array(key, np.float32), grain=0, spread=4, threshold=8)
-    reach = 1.15 * float(np.percentile(distance[distance < NOISE_REACH], 99))
-    return Backdrop(
-        key=np.array(key, np.float32),
-        grain=float(np.sqrt(np.square(np.diff(of_key, axis=0)).mean() / 2))
-        if len(of_key) > 1
-        else 0,
-        spread=float(np.sqrt(np.square(of_key).mean())),
-        threshold=max(2, int(reach)),
-    )
+        return Backdrop(exact_key)
+    steps = np.diff(of_key, axis=0)  # of two pixels, so their variance is twice that of one
+    grain = float(np.sqrt(np.square(steps).mean() / 2)) if steps.size else 0
+    deviation = float(np.sqrt(np.square(of_key).mean()))
+    farthest = NOISE_MARGIN * float(np.percentile(distances[is_key], NOISE_PERCENTILE))
+    return Backdrop(exact_key, grain, deviation, max(LEAST_NOISE, int(farthest)))
 
 
 def hue_pairs(key: F32) -> list[tuple[int, int]]:
@@ -826,14 +780,12 @@ def hue_pairs(key: F32) -> list[tuple[int, int]]:
     return [(high, low) for high in lit for low in range(3) if key[high] - key[low] >= HUE_CONTRAST]
 
 
-def key_free_share(colour: F32, backdrop: Backdrop) -> F32:
+def key_free_share(colour: F32, key: F32) -> F32:
     """Compute q of colours (3, ...): 0 is the key, 1 lacks its hue, above 1 is the opposite hue."""
-    key = backdrop.key
     pairs = hue_pairs(key)
-    if not pairs:
-        # Without a hue, only brightness tells: far from the key is subject.
-        offset: F32 = np.abs(colour - key.reshape(-1, *[1] * (colour.ndim - 1))).max(axis=0)
-        return offset / np.float32(GREY_KEY_REACH)
+    if not pairs:  # only brightness tells
+        distance: F32 = np.abs(colour - key.reshape(-1, *[1] * (colour.ndim - 1))).max(axis=0)
+        return distance / np.float32(GREY_KEY_DISTANCE)
     share = np.full(colour.shape[1:], np.inf, np.float32)
     for high, low in pairs:
         part = colour[high] - colour[low]
@@ -842,68 +794,105 @@ def key_free_share(colour: F32, backdrop: Backdrop) -> F32:
     return np.subtract(np.float32(1), share, out=share)
 
 
-def texture_of(levels: U8) -> tuple[Mask, Mask]:
-    """Pixels with a 3x3 neighbourhood of one q (in hundredths), and those with the most in 5x5."""
-    highest, lowest = levels, levels
-    for axis in (0, 1):
-        highest = extreme_of_three(highest, axis, np.maximum)
-        lowest = extreme_of_three(lowest, axis, np.minimum)
-    even = highest - lowest <= EVEN_LEVELS
-    for axis in (0, 1):
-        highest = extreme_of_three(highest, axis, np.maximum)
-    return even, levels >= highest - np.minimum(highest, 1)
+def unmixed_colour(colour: F32, alpha: F32, key: F32) -> F32:
+    """F = K + (C - K)/a for colours (3, ...), within 0 to 255."""
+    key = key.reshape(-1, *[1] * alpha.ndim)
+    return np.clip(key + (colour - key) / np.maximum(alpha, np.float32(LEAST_ALPHA)), 0, 255)
 
 
-def extreme_of_three(field: U8, axis: int, extreme: np.ufunc) -> U8:
-    """Minimum or maximum of each pixel and its two neighbours along an axis."""
-    found = field.copy()
-    lines, wider = field.swapaxes(0, axis), found.swapaxes(0, axis)
-    extreme(wider[1:], lines[:-1], out=wider[1:])
-    extreme(wider[:-1], lines[1:], out=wider[:-1])
-    return found
-
-
-def tinted(colour: F32, q: F32, backdrop: Backdrop, where: NDArray[np.intp]) -> NDArray[np.intp]:
-    """Those of the pixels whose colour, unmixed with alpha q, would not be grey."""
-    mixed, shares = colour.reshape(3, -1).take(where, axis=1), q.reshape(-1)[where]
-    is_tinted: Mask = np.ptp(unmixed_colour(mixed, shares, backdrop), axis=0) > STROKE_TINT
-    return where[is_tinted]
-
-
+# ── 10b · The mixture, its chroma sharpened if it was stored coarsely ─────────────────────────────
+#
 # A lossy picture stores chroma at half the resolution of luma. Between any two colours, though,
 # chroma is a linear function of luma, so the detail that the one lost can be had from the other.
 
-
-def has_subsampled_chroma(planes: Planes) -> bool:
-    """Tell whether chroma was doubled with weights 1/4 and 3/4, as decoders of 4:2:0 JPEG do.
-
-    Then the step inside a pair of pixels is the mean of the steps before and after it, and one
-    pixel on the same rule fails. A picture without subsampling cannot tell the phases apart.
-    """
-    sparse = np.s_[:: max(1, min(planes[0].shape) // 128)]
-    return all(
-        has_doubled_steps([plane.astype(np.int16) for plane in lines])
-        for lines in (
-            [plane[sparse] for plane in planes],
-            [plane[:, sparse].T for plane in planes],
-        )
-    )
+SAMPLE_LINES = 128  # rows and columns, at least, that are looked at
+STEEP_STEP = 12  # a smaller step of chroma says nothing
+RULE_MISFIT = 10  # levels by which a step may miss the rule
+RULE_SHARE = 3  # one step in that many keeps it
+RULE_CONTRAST = 1.25  # times as many as out of phase
+RULE_STEPS = 32  # fewer say nothing
+CHROMA_NOISE = 5  # variance that quantisation adds to chroma
+TRUST_FROM, TRUST_RAMP = 0.5, 0.45  # of the squared correlation
+GUIDE_REACH = 2  # pixels of half the resolution
 
 
-def has_doubled_steps(lines: list[NDArray[np.int16]]) -> bool:
+class Mixture(NamedTuple):
+    """A picture of mixtures: colours C (3, h, w) in levels, and what their q (h, w) says."""
+
+    colour: F32
+    q: F32
+    background: Mask
+    faint: Mask  # background, or too faint to be an edge
+    backdrop: Backdrop
+    is_sharpened: bool
+
+    def colours_at(self, places: Places) -> F32:
+        """Colours (3, n) of some pixels."""
+        return self.colour.reshape(3, -1).take(places, axis=1)
+
+
+def has_doubled_steps(lines: Planes) -> bool:
     """Test the rule along the rows: does it fit clearly better inside pairs than across them?"""
-    fits = np.zeros((2, 2), np.int64)
-    red, green, blue = lines
+    kept = np.zeros((2, 2), np.int64)
+    red, green, blue = (plane.astype(np.int16) for plane in lines)
     for chroma in (red - green, blue - green):
         steps = np.diff(chroma, axis=1)
         misfit = np.abs(2 * steps[:, 1:-1] - steps[:, :-2] - steps[:, 2:])
-        is_edge = (np.abs(steps[:, 1:-1]) > 12) | (np.abs(steps[:, :-2]) > 12)
+        steep = (np.abs(steps[:, 1:-1]) > STEEP_STEP) | (np.abs(steps[:, :-2]) > STEEP_STEP)
         for phase in (0, 1):
-            at_edge = misfit[:, 1 - phase :: 2][is_edge[:, 1 - phase :: 2]]
-            fits[phase] += (np.count_nonzero(at_edge <= 10), at_edge.size)
-    (inside, inside_of), (across, across_of) = fits.tolist()
-    # Measured: at least 0.40 of 0.18 on JPEG, at most 0.37 of 0.36 elsewhere.
-    return 3 * inside > inside_of >= 32 and inside * across_of > 1.25 * across * inside_of
+            misfits = misfit[:, 1 - phase :: 2][steep[:, 1 - phase :: 2]]
+            kept[phase] += (np.count_nonzero(misfits <= RULE_MISFIT), misfits.size)
+    (inside, of_inside), (across, of_across) = kept.tolist()
+    is_kept: bool = RULE_SHARE * inside > of_inside >= RULE_STEPS
+    return is_kept and inside * of_across > RULE_CONTRAST * across * of_inside
+
+
+def has_subsampled_chroma(planes: Planes) -> bool:
+    """Tell whether chroma was doubled along both axes; else no phase is told from the other."""
+    sparse = np.s_[:: max(1, min(planes[0].shape) // SAMPLE_LINES)]
+    rows = tuple(plane[sparse] for plane in planes)
+    columns = tuple(plane[:, sparse].T for plane in planes)
+    return has_doubled_steps(rows) and has_doubled_steps(columns)
+
+
+def halve(plane: F32) -> F32:
+    """Average 2x2 pixels; a last odd row or column stands for itself."""
+    odd_rows, odd_columns = (length % 2 for length in plane.shape)
+    even = np.pad(plane, ((0, odd_rows), (0, odd_columns)), mode="edge")
+    return blocks(even, np.add, 2) * np.float32(0.25)
+
+
+def double(plane: F32, shape: tuple[int, int]) -> F32:
+    """Twice the size with weights 3/4 and 1/4, cut to `shape`."""
+    for axis in (0, 1):
+        lines = plane.swapaxes(0, axis)
+        wide = np.pad(lines, ((1, 1), (0, 0)), mode="edge")
+        pairs = np.stack([0.75 * lines + 0.25 * wide[:-2], 0.75 * lines + 0.25 * wide[2:]], axis=1)
+        plane = pairs.reshape(2 * len(lines), -1).swapaxes(0, axis)
+    return plane[: shape[0], : shape[1]]
+
+
+def box_mean(plane: F32) -> F32:
+    """Average over a square of 2·GUIDE_REACH + 1 pixels."""
+    size, (height, width) = 2 * GUIDE_REACH + 1, plane.shape
+    wide = np.pad(plane, GUIDE_REACH, mode="edge")
+    rows = functools.reduce(np.add, [wide[shift : shift + height] for shift in range(size)])
+    total = functools.reduce(np.add, [rows[:, shift : shift + width] for shift in range(size)])
+    total *= np.float32(1 / size**2)
+    return total
+
+
+def chroma_slopes(luma: F32, chromas: Sequence[F32]) -> Iterator[F32]:
+    """How steeply each chroma follows luma around a pixel, as far as they are correlated."""
+    luma_mean = box_mean(luma)
+    luma_variance = box_mean(luma * luma) - luma_mean * luma_mean + np.float32(CHROMA_NOISE)
+    for chroma in chromas:
+        mean = box_mean(chroma)
+        covariance = box_mean(chroma * luma) - mean * luma_mean
+        variance = box_mean(chroma * chroma) - mean * mean + np.float32(CHROMA_NOISE)
+        correlation = covariance * covariance / (luma_variance * variance)
+        trust = np.clip((correlation - TRUST_FROM) / TRUST_RAMP, 0, 1)
+        yield box_mean(covariance / luma_variance * trust)
 
 
 def sharpen_chroma(colour: F32) -> F32:
@@ -912,146 +901,96 @@ def sharpen_chroma(colour: F32) -> F32:
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
     coarse = halve(luma)
     detail = luma - double(coarse, luma.shape)
-    mean = box_mean(coarse)
-    variance = box_mean(coarse * coarse) - mean * mean + np.float32(CHROMA_NOISE)
-    chroma = []
-    for plane in (red - green, blue - green):
-        small = halve(plane)
-        small_mean = box_mean(small)
-        covariance = box_mean(small * coarse) - small_mean * mean
-        spread = box_mean(small * small) - small_mean * small_mean + np.float32(CHROMA_NOISE)
-        # The squared correlation says how far two colours alone explain the neighbourhood.
-        trust = np.clip((covariance * covariance / (variance * spread) - 0.5) / 0.45, 0, 1)
-        slope = box_mean(covariance / variance * trust)
-        chroma.append(plane + enlarge(slope, luma.shape, 2) * detail)
-    green = luma - 0.299 * chroma[0] - 0.114 * chroma[1]
-    sharpened: F32 = np.stack([green + chroma[0], green, green + chroma[1]])
+    chromas = [red - green, blue - green]
+    slopes = chroma_slopes(coarse, [halve(chroma) for chroma in chromas])
+    red_green, blue_green = (
+        chroma + enlarge(slope, luma.shape, 2) * detail
+        for chroma, slope in zip(chromas, slopes, strict=True)
+    )
+    green = luma - 0.299 * red_green - 0.114 * blue_green
+    sharpened: F32 = np.stack([green + red_green, green, green + blue_green])
     return np.clip(sharpened, 0, 255, out=sharpened)
 
 
-def halve(plane: F32) -> F32:
-    """Average 2x2 pixels; a last odd row or column stands for itself."""
-    height, width = plane.shape
-    if height % 2 or width % 2:
-        plane = np.pad(plane, ((0, height % 2), (0, width % 2)), mode="edge")
-    rows = plane[::2] + plane[1::2]
-    means = rows[:, ::2] + rows[:, 1::2]
-    means *= np.float32(0.25)
-    return means
+def mixture_of(planes: Planes, key: Colour) -> Mixture:
+    """Take a picture for mixtures with its key."""
+    backdrop, distance = measure_backdrop(planes, key), key_distance(planes, key)
+    colour, is_subsampled = np.stack(planes, dtype=np.float32), has_subsampled_chroma(planes)
+    if is_subsampled:
+        colour = sharpen_chroma(colour)
+    q = key_free_share(colour, backdrop.key)
+    faint = distance <= max(backdrop.farthest, FAINT)
+    return Mixture(colour, q, distance <= backdrop.farthest, faint, backdrop, is_subsampled)
 
 
-def double(plane: F32, shape: tuple[int, int]) -> F32:
-    """Twice the size with weights 3/4 and 1/4, cut to `shape`."""
-    for axis in (0, 1):
-        ends = np.take(plane, [0], axis), np.take(plane, [-1], axis)
-        before = np.concatenate([ends[0], plane.take(range(plane.shape[axis] - 1), axis)], axis)
-        after = np.concatenate([plane.take(range(1, plane.shape[axis]), axis), ends[1]], axis)
-        pair = np.stack([0.75 * plane + 0.25 * before, 0.75 * plane + 0.25 * after], axis + 1)
-        size = list(plane.shape)
-        size[axis] *= 2
-        plane = pair.reshape(size)
-    return plane[: shape[0], : shape[1]]
+# ── 10c · Areas in the key's hue ──────────────────────────────────────────────────────────────────
+#
+# They are opaque (a frog) or see-through (glass, glow, shadow). One pixel cannot tell; what does is
+# how the subject meets the background: crisply, or fading into it. So cells of some pixels are
+# judged: a plateau of cells of one colour is opaque, unless its like fades in the ring of cells
+# along the background, as glow (light of some colour) or shade (grey).
+
+CELL = 4  # pixels
+CERTAIN_Q = 0.97  # above, what is away from the edges is certainly subject
+EVEN_Q = 0.25  # q varies more than that only where edges cross a cell
+SAME_COLOUR = 20  # levels between neighbouring cells of a plateau
+LIKE_CELLS = 6  # of 3x3, itself included, make the core of a plateau
+CORE_WEIGHT = 28  # of 81, the core cells in 5x5, the nearer the heavier
+PLATEAU_SHARE = 0.6  # of a plateau's q is the least that pixels beside it have
+RING_REACH = 3  # cells from the background to the end of the ring
+FLAT_STEP = 1.5  # levels between cells of one flat colour
+GRAIN_STEP = 0.35  # … and that much of the grain
+LEAST_FADE = 0.03  # q of a cell that fades; only tiny pictures need it
+# The largest q of a cell that is glow or shade, and of the 5x5 around it.
+FAINT_GLOW_Q, FAINT_GLOW_AROUND = 0.25, 0.6  # needed by one piece of glass
+STEEP_GLOW_Q, STEEP_GLOW_AROUND = 0.45, 0.85
+STEEP_GLOW_RISE = 1.25  # from a cell to the largest around it
+SHADE_Q, SHADE_AROUND = 0.6, 0.8
+NEUTRAL = 40  # levels between the channels of a shade
+DARK = 80  # levels; glow that is darker may be a shadow, no light
+LEAST_CELLS = 8  # fewer are no evidence
+FADING_SHARE = 0.01  # of the ring is evidence that the like of it is see-through
+CLEAR_SHARE = 0.03  # of the ring, bright, that all of the picture is
+COLOUR_BINS = 8  # of each channel
+COMMON_SHARE, COMMON_CELLS = 0.02, 3  # of the evidence are a common colour
 
 
-def box_mean(plane: F32, reach: int = 2) -> F32:
-    """Average over a square of 2·reach + 1 pixels."""
-    size = 2 * reach + 1
-    padded = np.pad(plane, reach, mode="edge")
-    height, width = plane.shape
-    rows = padded[:height].copy()
-    for shift in range(1, size):
-        rows += padded[shift : shift + height]
-    total = rows[:, :width].copy()
-    for shift in range(1, size):
-        total += rows[:, shift : shift + width]
-    total *= np.float32(1 / size**2)
-    return total
+class Cells(NamedTuple):
+    """Blocks of the picture, (rows, columns)."""
+
+    colour: F32  # mean
+    q: F32  # of the mean
+    q_range: F32
+    q_high: F32
+    solid: Mask  # no background in it, nor in a neighbour
+    ring: Mask  # those of them that are near the background
 
 
-def enlarge(cells: NDArray[Any], shape: tuple[int, ...], size: int = CELL) -> NDArray[Any]:
-    """Every cell as size x size pixels, the last ones stretched or cut to fill `shape`."""
-    height, width = shape
-    rows = np.minimum(np.arange(height) // size, cells.shape[0] - 1)
-    columns = np.minimum(np.arange(width) // size, cells.shape[1] - 1)
-    enlarged: NDArray[Any] = cells[:, columns][rows]
-    return enlarged
+class HuedAreas(NamedTuple):
+    """What the cells that share the key's hue are, and whether the picture is see-through."""
+
+    opaque_from: U8  # least q, in hundredths, of pixels of an opaque area; 255 where none is
+    may_be_opaque: Mask  # as strokes that are too thin for a cell
+    see_through: bool
 
 
-# Areas that share the key's hue are opaque (a frog) or see-through (glass, glow, shadow). One pixel
-# cannot tell; what does is how the subject meets the background: crisply, or fading into it.
-
-
-def blocks(plane: NDArray[Any], combine: np.ufunc) -> NDArray[Any]:
-    """Combine every whole block of CELL x CELL pixels; there is always at least one."""
-    short = [max(0, CELL - size) for size in plane.shape]
-    if any(short):
-        plane = np.pad(plane, [(0, missing) for missing in short], mode="edge")
-    height, width = (size - size % CELL for size in plane.shape)
-    rows = plane[0:height:CELL]
-    for offset in range(1, CELL):
-        rows = combine(rows, plane[offset:height:CELL])
-    cells = rows[:, 0:width:CELL]
-    for offset in range(1, CELL):
-        cells = combine(cells, rows[:, offset:width:CELL])
-    return cells
-
-
-def cells_of(colour: F32, q: F32, faint: Mask, backdrop: Backdrop) -> Cells:
+def cells_of(mixture: Mixture) -> Cells:
     """Reduce the picture to what areas are judged by."""
-    means = np.stack([blocks(plane, np.add) for plane in colour]) * np.float32(1 / CELL**2)
-    holds_background = blocks(faint, np.logical_or)
+    sums = np.stack([blocks(plane, np.add, CELL) for plane in mixture.colour])
+    means = sums * np.float32(1 / CELL**2)
+    low, high = (blocks(mixture.q, extreme, CELL) for extreme in (np.minimum, np.maximum))
+    holds_background = blocks(mixture.faint, np.logical_or, CELL)
     solid = ~dilate(holds_background, 1)
-    high = blocks(q, np.maximum)
-    return Cells(
-        colour=means,
-        q=key_free_share(means, backdrop),
-        q_range=high - blocks(q, np.minimum),
-        q_high=high,
-        solid=solid,
-        ring=solid & dilate(holds_background, 3),
-    )
+    ring = solid & dilate(holds_background, RING_REACH)
+    return Cells(means, key_free_share(means, mixture.backdrop.key), high - low, high, solid, ring)
 
 
-def judge_cells(cells: Cells, backdrop: Backdrop, subject: str) -> Verdict:
-    """Find where the subject is opaque in spite of its hue, and whether it is see-through."""
-    nowhere, everywhere = np.zeros_like(cells.solid), np.ones_like(cells.solid)
-    clear = Verdict(
-        opaque_from=least_level(cells.q, nowhere), may_be_opaque=nowhere, see_through=True
-    )
-    if subject == "translucent":
-        return clear
-    hued = cells.solid & (cells.q < CERTAIN_Q) & (cells.q_range < EVEN_Q)
-    plateau = hued & part_of_plateau(cells.colour, hued) if hued.any() else nowhere
-    opaque = Verdict(
-        opaque_from=least_level(cells.q, plateau), may_be_opaque=everywhere, see_through=False
-    )
-    if subject == "opaque" or not hued.any():
-        return opaque
-    unmixed = unmixed_colour(cells.colour, cells.q, backdrop)
-    is_neutral = np.ptp(unmixed, axis=0) < NEUTRAL
-    slope = steepest_step(cells.colour, cells.solid)
-    fades = cells.ring & (slope >= FLAT_STEP + 0.35 * backdrop.grain) & (cells.q > 0.03)
-    surrounding = widest(cells.q_high, 2)
-    faint_glow = (cells.q < 0.25) & (surrounding < 0.6)
-    steep_glow = (cells.q < 0.45) & (surrounding < 0.85) & (surrounding > 1.25 * cells.q)
-    glow = fades & (faint_glow | steep_glow)
-    shade = fades & is_neutral & (cells.q < 0.6) & (surrounding < 0.8)
-    evidence = glow | shade
-    ring_size = np.count_nonzero(cells.ring)
-    if np.count_nonzero(evidence) < max(8, 0.01 * ring_size):
-        return opaque
-    if np.count_nonzero(glow & (unmixed.max(axis=0) > DARK)) >= max(8, 0.03 * ring_size):
-        return clear
-    unlike = ~similar(unmixed, evidence)
-    return Verdict(
-        opaque_from=least_level(cells.q, plateau & unlike), may_be_opaque=unlike, see_through=False
-    )
-
-
-def least_level(q: F32, plateau: Mask) -> U8:
-    """Set the bar beside a plateau at a share of its q, so that a shadow there stays a shadow."""
-    lowest = -widest(np.where(plateau, -q, np.float32(-9)), 1)
-    return np.where(lowest < 2, np.rint(100 * PLATEAU_SHARE * lowest), 255).astype(np.uint8)
+def count_near(field: NDArray[Any]) -> NDArray[Any]:
+    """Count in each 3x3 neighbourhood."""
+    wide = np.pad(field.astype(np.int16), 1)
+    rows = wide[:-2] + wide[1:-1] + wide[2:]
+    counts: NDArray[Any] = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]
+    return counts
 
 
 def part_of_plateau(colour: F32, hued: Mask) -> Mask:
@@ -1060,147 +999,240 @@ def part_of_plateau(colour: F32, hued: Mask) -> Mask:
     wide_colour = np.pad(colour, ((0, 0), (1, 1), (1, 1)), mode="edge")
     wide_hued = np.pad(hued, 1)
     likes = np.zeros(hued.shape, np.int16)
-    for down in range(3):
-        for right in range(3):
-            window = np.s_[down : down + height, right : right + width]
-            step = np.abs(wide_colour[:, *window] - colour).max(axis=0)
-            likes += wide_hued[window] & (step < 20)
-    core = hued & (likes > 5)  # the cell itself is one of the six
-    core &= count_near(count_near(core)) >= 28
+    for down, right in np.ndindex(3, 3):
+        window = np.s_[down : down + height, right : right + width]
+        step = np.abs(wide_colour[:, *window] - colour).max(axis=0)
+        likes += wide_hued[window] & (step < SAME_COLOUR)
+    core = hued & (likes >= LIKE_CELLS)
+    core &= count_near(count_near(core)) >= CORE_WEIGHT
     return dilate(core, 1)
 
 
-def count_near(field: NDArray[Any]) -> NDArray[np.int16]:
-    """Count in each 3x3 neighbourhood."""
-    wide = np.pad(field.astype(np.int16), 1)
-    rows = wide[:-2] + wide[1:-1] + wide[2:]
-    counts: NDArray[np.int16] = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]
-    return counts
-
-
-def widest(field: F32, reach: int) -> F32:
-    """Take the maximum over a square of 2·reach + 1 cells."""
-    for axis in (0, 1):
-        lines = field.swapaxes(0, axis)
-        padded = np.pad(lines, ((reach, reach), (0, 0)), mode="edge")
-        steps = [padded[shift : shift + len(lines)] for shift in range(2 * reach + 1)]
-        field = np.maximum.reduce(steps).swapaxes(0, axis)
-    return field
+def opaque_bar(q: F32, plateau: Mask) -> U8:
+    """Set the bar beside a plateau at a share of its q, so that a shadow there stays a shadow."""
+    lowest = around(np.where(plateau, q, np.float32(np.inf)), np.minimum)
+    return np.where(lowest < np.inf, np.rint(100 * PLATEAU_SHARE * lowest), 255).astype(np.uint8)
 
 
 def steepest_step(colour: F32, solid: Mask) -> F32:
     """Find the largest difference of any channel to a solid cell above, below, left or right."""
-    step = np.zeros(solid.shape, np.float32)
-    down = np.abs(np.diff(colour, axis=1)).max(axis=0) * (solid[1:] & solid[:-1])
-    right = np.abs(np.diff(colour, axis=2)).max(axis=0) * (solid[:, 1:] & solid[:, :-1])
-    for part, change in ((step[1:], down), (step[:-1], down)):
-        np.maximum(part, change, out=part)
-    for part, change in ((step[:, 1:], right), (step[:, :-1], right)):
-        np.maximum(part, change, out=part)
-    return step
+    steepest = np.zeros(solid.shape, np.float32)
+    for axis in (0, 1):
+        lines, inner = steepest.swapaxes(0, axis), solid.swapaxes(0, axis)
+        step = np.abs(np.diff(colour.swapaxes(1, 1 + axis), axis=1)).max(axis=0)
+        step *= inner[1:] & inner[:-1]
+        np.maximum(lines[1:], step, out=lines[1:])
+        np.maximum(lines[:-1], step, out=lines[:-1])
+    return steepest
 
 
-def unmixed_colour(colour: F32, alpha: F32, backdrop: Backdrop) -> F32:
-    """F = K + (C - K) / a for colours (3, ...), within 0 to 255."""
-    key = backdrop.key.reshape(-1, *[1] * alpha.ndim)
-    return np.clip(key + (colour - key) / np.maximum(alpha, np.float32(0.02)), 0, 255)
+def fading_cells(cells: Cells, unmixed: F32, grain: float) -> tuple[Mask, Mask]:
+    """Find the cells of the ring that fade into the background, as glow and as shade."""
+    q, q_around = cells.q, around(cells.q_high, np.maximum, 2)
+    slope = steepest_step(cells.colour, cells.solid)
+    fades = cells.ring & (slope >= FLAT_STEP + GRAIN_STEP * grain) & (q > LEAST_FADE)
+    faint_glow = (q < FAINT_GLOW_Q) & (q_around < FAINT_GLOW_AROUND)
+    rises = q_around > STEEP_GLOW_RISE * q
+    steep_glow = (q < STEEP_GLOW_Q) & (q_around < STEEP_GLOW_AROUND) & rises
+    shade = (q < SHADE_Q) & (q_around < SHADE_AROUND) & (np.ptp(unmixed, axis=0) < NEUTRAL)
+    return fades & (faint_glow | steep_glow), fades & shade
 
 
 def similar(colour: F32, evidence: Mask) -> Mask:
-    """Find cells with a colour that is common in the evidence, give or take 32 levels."""
-    bins = (colour / 32).astype(np.intp).clip(0, 7)
-    code = (bins[0] * 8 + bins[1]) * 8 + bins[2]
-    counts = np.bincount(code[evidence], minlength=512).reshape(8, 8, 8)
-    common = np.pad(counts >= max(3, 0.02 * counts.sum()), 1)
+    """Find cells with a colour that is common in the evidence, give or take a bin of colours."""
+    bins = (colour / (256 // COLOUR_BINS)).astype(np.intp).clip(0, COLOUR_BINS - 1)
+    code = (bins[0] * COLOUR_BINS + bins[1]) * COLOUR_BINS + bins[2]
+    counts = np.bincount(code[evidence], minlength=COLOUR_BINS**3)
+    common = counts >= max(COMMON_CELLS, COMMON_SHARE * counts.sum())
+    common = np.pad(common.reshape([COLOUR_BINS] * 3), 1)
     for axis in range(3):
         common = common | np.roll(common, 1, axis) | np.roll(common, -1, axis)
     alike: Mask = common[1:-1, 1:-1, 1:-1].reshape(-1)[code]
     return alike
 
 
-def thin_out(alpha: F32, colour: F32, backdrop: Backdrop, where: NDArray[np.intp]) -> None:
-    """Coloured light: take the least alpha whose colour can be shown, unless the colour is grey.
+def judge_areas(cells: Cells, backdrop: Backdrop, subject: str) -> HuedAreas:
+    """Find where the subject is opaque in spite of its hue, and whether it is see-through."""
+    nowhere, everywhere = np.zeros_like(cells.solid), np.ones_like(cells.solid)
+    clear = HuedAreas(opaque_bar(cells.q, nowhere), nowhere, see_through=True)
+    if subject == "translucent":
+        return clear
+    hued = cells.solid & (cells.q < CERTAIN_Q) & (cells.q_range < EVEN_Q)
+    plateau = hued & part_of_plateau(cells.colour, hued) if hued.any() else nowhere
+    opaque = HuedAreas(opaque_bar(cells.q, plateau), everywhere, see_through=False)
+    if subject == "opaque" or not hued.any():
+        return opaque
+    unmixed = unmixed_colour(cells.colour, cells.q, backdrop.key)
+    glow, shade = fading_cells(cells, unmixed, backdrop.grain)
+    ring_size = np.count_nonzero(cells.ring)
+    if np.count_nonzero(glow | shade) < max(LEAST_CELLS, FADING_SHARE * ring_size):
+        return opaque
+    bright = glow & (unmixed.max(axis=0) > DARK)
+    if np.count_nonzero(bright) >= max(LEAST_CELLS, CLEAR_SHARE * ring_size):
+        return clear
+    unlike = ~similar(unmixed, glow | shade)
+    return HuedAreas(opaque_bar(cells.q, plateau & unlike), unlike, see_through=False)
 
-    For q to be the alpha of a colour that is not grey, that colour would have to be exactly as
-    bright in the key's channel as in another; that its brightest channel is near full is likelier.
+
+# ── 10d · Pixels that are certainly subject ───────────────────────────────────────────────────────
+
+EVEN_HUNDREDTHS = 5  # of q, in the flat middle of a thin stroke
+STROKE_DISTANCE = 2  # pixels from the background to such a middle
+STROKE_COLOUR = 14  # levels between channels that are no grey
+
+
+def certain_pixels(mixture: Mixture, areas: HuedAreas) -> tuple[Mask, Mask]:
+    """All pixels that are certainly subject, and those of them that share the key's hue."""
+    q, inner = mixture.q, ~dilate(mixture.faint, EDGE_WIDTH)
+    hundredths = np.clip(q * np.float32(100), 0, 200).astype(np.uint8)
+    hued = inner & (q < 1) & (hundredths >= enlarge(areas.opaque_from, q.shape, CELL))
+    highest, lowest = around(hundredths, np.maximum), around(hundredths, np.minimum)
+    even = (highest - lowest <= EVEN_HUNDREDTHS) & (q < CERTAIN_Q)
+    even &= ~dilate(mixture.faint, STROKE_DISTANCE)
+    strokes = np.flatnonzero(even & enlarge(areas.may_be_opaque, q.shape, CELL))
+    colours, key = mixture.colours_at(strokes), mixture.backdrop.key
+    unmixed = unmixed_colour(colours, q.reshape(-1)[strokes], key)  # grey where q is alpha
+    hued.reshape(-1)[strokes[np.ptp(unmixed, axis=0) > STROKE_COLOUR]] = True
+    highest = around(highest, np.maximum)
+    ridge = hundredths >= highest - np.minimum(highest, 1)  # the most in 5x5, or a hundredth less
+    return (inner & (q >= CERTAIN_Q)) | (ridge & (q >= 1)) | hued, hued
+
+
+# ── 10e · The others: coloured light, and edges ───────────────────────────────────────────────────
+#
+# An edge pixel looks in eight directions for pixels that are certainly subject, and takes the one
+# whose line to the key it lies nearest to; a pixel of distance costs as much as a level, for the
+# nearest colour is the likeliest.
+
+LIGHT_COLOUR, LIGHT_RAMP = 5, 25  # levels between channels
+LIGHT_LEVEL = 0.95  # of the way to full in the brightest channel
+DIRECTIONS = ((-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1))
+SEARCH_RADII = (6, 4, 2)  # pixels, the nearest last
+PLAIN_LEEWAY = 2  # levels between channels that rounding makes
+HUE_DOUBT = 40  # levels, where F has all of the key's hue
+GREY_KEY_DOUBT = 255  # levels, where the key has no hue
+FREE_COST = 0.5  # levels that rounding costs
+
+
+def thin_out(alpha: F32, mixture: Mixture, places: Places) -> None:
+    """Take the least alpha whose colour can be shown, unless the colour is grey.
+
+    For q to be its alpha, a colour would have to be exactly as bright in the key's channel as in
+    another; light is likelier to have a full one.
     """
-    q = np.minimum(alpha.reshape(-1)[where], 1)
-    mixed = colour.reshape(3, -1).take(where, axis=1)
-    key = backdrop.key[:, None]
-    light = ((mixed - key) / np.maximum(255 - key, 1)).max(axis=0)
-    least = ((key - mixed) / np.maximum(key, 1)).max(axis=0)
-    tint = np.ptp(unmixed_colour(mixed, q, backdrop), axis=0)
-    doubt = backdrop.spread / np.maximum(q, np.float32(0.02))
-    weight = smoothstep((tint - 5 - doubt) / 25)
-    target = np.minimum(np.maximum(light / np.float32(0.95), least), q)
-    alpha.reshape(-1)[where] = q + (target - q) * weight
+    q, mixed = alpha.reshape(-1)[places], mixture.colours_at(places)
+    key = mixture.backdrop.key[:, None]
+    brighter = ((mixed - key) / np.maximum(255 - key, 1)).max(axis=0)
+    darker = ((key - mixed) / np.maximum(key, 1)).max(axis=0)
+    least = np.minimum(np.maximum(brighter / np.float32(LIGHT_LEVEL), darker), q)
+    doubt = mixture.backdrop.deviation / np.maximum(q, np.float32(LEAST_ALPHA))
+    colour_left = np.ptp(unmixed_colour(mixed, q, mixture.backdrop.key), axis=0)
+    weight = smoothstep((colour_left - LIGHT_COLOUR - doubt) / LIGHT_RAMP)
+    alpha.reshape(-1)[places] = q + (least - q) * weight
 
 
-# Edges: the pixels between certain subject and background.
+def nearest_certain(certain: Mask, centres: Places, ahead: int) -> Places:
+    """How far it is to a certain pixel, `ahead` in the flat mask; 0 where none is in reach."""
+    reach = np.zeros(centres.size, np.intp)
+    for radius in SEARCH_RADII:
+        np.copyto(reach, radius, where=certain[centres + radius * ahead])
+    return reach
 
 
-def fit_edges(
-    alpha: F32, colour: F32, backdrop: Backdrop, certain: Mask, where: NDArray[np.intp]
-) -> None:
-    """Project vague pixels on the line from the key to the best certain colour around them."""
-    width = certain.shape[1]
-    margin = SEARCH_RADII[0]
-    padded = np.pad(certain, margin)
-    row, column = np.divmod(where, width)
-    inside = (row + margin) * padded.shape[1] + column + margin
-    lookup, pixels = padded.reshape(-1), colour.reshape(3, -1)
-    mixed = pixels.take(where, axis=1) - backdrop.key[:, None]
+def project(mixed: F32, energy: F32, foreground: F32) -> tuple[F32, F32]:
+    """Alpha on the line f = F - K, and |m - a·f|² = m·m - a·(2·m·f - a·f·f), with m = C - K."""
+    along = np.einsum("ci,ci->i", mixed, foreground)
+    length = np.maximum(np.einsum("ci,ci->i", foreground, foreground), 1)
+    alpha = np.clip(along / length, 0, 1)
+    return alpha, energy - alpha * (2 * along - alpha * length)
+
+
+def best_foregrounds(mixture: Mixture, certain: Mask, places: Places) -> tuple[F32, F32, Places]:
+    """Alpha by the certain colour of least cost around each pixel, that cost, and its place."""
+    width, margin, key = certain.shape[1], max(SEARCH_RADII), mixture.backdrop.key[:, None]
+    padded, (rows, columns) = np.pad(certain, margin), np.divmod(places, width)
+    centres = (rows + margin) * padded.shape[1] + columns + margin
+    mixed = mixture.colours_at(places) - key
     energy = np.einsum("ci,ci->i", mixed, mixed)
-    best = np.full(where.size, np.inf, np.float32)
-    fitted = np.zeros(where.size, np.float32)
-    sample = where.copy()
-    for down, right in ((-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1)):
-        reach = np.zeros(where.size, np.intp)
-        for radius in SEARCH_RADII:
-            hit = lookup[inside + radius * (down * padded.shape[1] + right)]
-            np.copyto(reach, radius, where=hit)
+    best_alpha, best_cost = np.zeros_like(energy), np.full_like(energy, np.inf)
+    best_source = places.copy()
+    for down, right in DIRECTIONS:
+        reach = nearest_certain(padded.reshape(-1), centres, down * padded.shape[1] + right)
         found = np.flatnonzero(reach)
-        steps = reach[found]
-        source = where[found] + steps * (down * width + right)
-        subject = pixels.take(source, axis=1) - backdrop.key[:, None]
-        along = np.einsum("ci,ci->i", mixed.take(found, axis=1), subject)
-        length = np.maximum(np.einsum("ci,ci->i", subject, subject), 1)
-        share = np.clip(along / length, 0, 1)
-        misfit = energy[found] - share * (2 * along - share * length)
-        penalty = steps * np.float32(math.hypot(down, right))  # the nearest colour is the likeliest
-        residual = np.sqrt(np.maximum(misfit, 0)) + penalty
-        better = residual < best[found]
-        best[found[better]] = residual[better]
-        fitted[found[better]] = share[better]
-        sample[found[better]] = source[better]
-    plain = alpha.reshape(-1)[where]
-    tint = np.ptp(unmixed_colour(mixed + backdrop.key[:, None], plain, backdrop), axis=0)
-    hue_shared = 1 - np.minimum(key_free_share(pixels.take(sample, axis=1), backdrop), 1)
-    # Plain unmixing is exact for grey. The more tint it leaves, and the more of the key's hue the
-    # subject has, the less it is to be believed; and least where the key has no hue.
-    doubt = backdrop.spread + (40 * hue_shared if hue_pairs(backdrop.key) else 255)
-    leeway = np.square(plain * (2 + tint) + doubt)
-    excess = np.square(np.maximum(best - (0.5 + backdrop.spread), 0))
+        source = places[found] + reach[found] * (down * width + right)
+        foreground = mixture.colours_at(source) - key
+        alpha, misfit = project(mixed.take(found, axis=1), energy[found], foreground)
+        cost = np.sqrt(np.maximum(misfit, 0)) + reach[found] * np.float32(math.hypot(down, right))
+        better = cost < best_cost[found]
+        chosen = found[better]
+        best_alpha[chosen], best_cost[chosen] = alpha[better], cost[better]
+        best_source[chosen] = source[better]
+    return best_alpha, best_cost, best_source
+
+
+def fit_edges(alpha: F32, mixture: Mixture, certain: Mask, places: Places) -> None:
+    """Move edge pixels from alpha q towards that by the best of the certain colours around them.
+
+    q is exact for grey. The more colour it leaves, and the more of the key's hue F has, the less it
+    is to be believed; and least where the key has no hue.
+    """
+    key, noise = mixture.backdrop.key, mixture.backdrop.deviation
+    plain = alpha.reshape(-1)[places]
+    fitted, cost, source = best_foregrounds(mixture, certain, places)
+    colour_left = np.ptp(unmixed_colour(mixture.colours_at(places), plain, key), axis=0)
+    hue_shared = 1 - np.minimum(key_free_share(mixture.colours_at(source), key), 1)
+    doubt = noise + (HUE_DOUBT * hue_shared if hue_pairs(key) else GREY_KEY_DOUBT)
+    leeway = np.square(plain * (PLAIN_LEEWAY + colour_left) + doubt)
+    excess = np.square(np.maximum(cost - (FREE_COST + noise), 0))
     weight = leeway / (leeway + excess)
-    alpha.reshape(-1)[where] = plain + (fitted - plain) * weight
+    alpha.reshape(-1)[places] = plain + (fitted - plain) * weight
 
 
-def settle(alpha: F32) -> F32:
-    """Make opaque what lossy compression left slightly short of it."""
-    rise: F32 = np.clip((alpha - 0.88) / 0.075, 0, 1)
-    return alpha + (1 - alpha) * rise
+# ── 10f · All of it ───────────────────────────────────────────────────────────────────────────────
+
+SETTLE_FROM, SETTLE_RAMP = 0.88, 0.075
+SHARES_HUE = 0.9  # q; below, an opaque pixel is reported to share the key's hue
 
 
-def straight(planes: Planes, colour: F32, alpha: F32, backdrop: Backdrop) -> tuple[Planes, U8]:
+def alpha_of(mixture: Mixture, certain: Mask, hued: Mask, *, see_through: bool) -> F32:
+    """1 where it is certain, else q, thinned out if see-through, and fitted at the edges."""
+    alpha = np.clip(mixture.q, 0, 1)
+    alpha[hued] = 1
+    vague = ~(certain | mixture.background)
+    if see_through:
+        thin_out(alpha, mixture, np.flatnonzero(vague))
+    fit_edges(alpha, mixture, certain, np.flatnonzero(vague & dilate(certain, max(SEARCH_RADII))))
+    if mixture.is_sharpened:  # lossy compression leaves what is opaque slightly short of it
+        rise = np.clip((alpha - SETTLE_FROM) / SETTLE_RAMP, 0, 1)
+        alpha = alpha + (1 - alpha) * rise
+    alpha[mixture.background] = 0
+    return alpha
+
+
+def straight(planes: Planes, mixture: Mixture, alpha: F32) -> tuple[Planes, U8]:
     """8-bit straight colour and alpha; opaque pixels keep the very values of the input."""
     matte = np.rint(alpha * 255).astype(np.uint8)
-    partial = np.flatnonzero((matte > 0) & (matte < 255))
-    mixed = colour.reshape(3, -1).take(partial, axis=1)
-    unmixed = unmixed_colour(mixed, alpha.reshape(-1)[partial], backdrop)
+    partly = np.flatnonzero((matte > 0) & (matte < 255))
+    mixed, shares = mixture.colours_at(partly), alpha.reshape(-1)[partly]
+    unmixed = np.rint(unmixed_colour(mixed, shares, mixture.backdrop.key)).astype(np.uint8)
     straight_planes = blank_where(planes, matte == 0)
-    for plane, values in zip(straight_planes, np.rint(unmixed).astype(np.uint8), strict=True):
-        plane.reshape(-1)[partial] = values
+    for plane, values in zip(straight_planes, unmixed, strict=True):
+        plane.reshape(-1)[partly] = values
     return straight_planes, matte
+
+
+def cut_by_unmixing(picture: Picture, key: Colour, method: UnmixMethod) -> Cutout:
+    """Recover alpha and straight colour of a picture of mixtures."""
+    mixture = mixture_of(picture.planes, key)
+    areas = judge_areas(cells_of(mixture), mixture.backdrop, method.subject)
+    certain, hued = certain_pixels(mixture, areas)
+    alpha = alpha_of(mixture, certain, hued, see_through=areas.see_through)
+    planes, matte = straight(picture.planes, mixture, alpha)
+    if picture.alpha is not None:
+        matte = np.rint(matte * (picture.alpha / 255.0)).astype(np.uint8)
+        planes = blank_where(planes, matte == 0)
+    key_hued, matched = hued & (mixture.q < SHARES_HUE), bool(mixture.background.any())
+    return Cutout(planes, matte, key, matched, key_hued_pixels=int(np.count_nonzero(key_hued)))
 
 
 # ── 11 · Edge ─────────────────────────────────────────────────────────────────────────────────────

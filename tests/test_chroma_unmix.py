@@ -28,7 +28,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from remove_chroma_key import (
-    Backdrop,
     dilate,
     has_subsampled_chroma,
     hue_pairs,
@@ -246,12 +245,11 @@ def test_a_pane_with_a_bright_fade_makes_the_subject_see_through(tmp_path: Path)
     alpha=st.floats(0, 1),
 )
 def test_q_is_linear_in_alpha_for_every_subject(subject: Colour, key: Colour, alpha: float) -> None:
-    backdrop = Backdrop(key=np.array(key, np.float32), grain=0, spread=0, threshold=0)
-    foreground = np.array(subject, np.float32)
-    mixed = alpha * foreground + (1 - alpha) * backdrop.key
+    exact_key, foreground = np.array(key, np.float32), np.array(subject, np.float32)
+    mixed = alpha * foreground + (1 - alpha) * exact_key
     q_mixed, q_subject, q_key = (
-        float(key_free_share(colour.astype(np.float32)[:, None], backdrop)[0])
-        for colour in (mixed, foreground, backdrop.key)
+        float(key_free_share(colour.astype(np.float32)[:, None], exact_key)[0])
+        for colour in (mixed, foreground, exact_key)
     )
     assert q_key == pytest.approx(0, abs=1e-5)
     assert q_mixed == pytest.approx(alpha * q_subject, abs=1e-4)
