@@ -22,7 +22,7 @@ The file, from top to bottom:
    7   key colour: named, or measured at the corners or the border
    8   planes and masks
    9   matte by colour distance, as recorded
-  10   unmixing
+  10   unmixing: the model, with one pixel worked out by hand
   10a  the backdrop, and q
   10b  the mixture, its chroma sharpened if it was stored coarsely
   10c  areas in the key's hue: opaque, glow or shade
@@ -670,6 +670,8 @@ def enlarge(cells: NDArray[Any], shape: tuple[int, ...], size: int) -> NDArray[A
 
 # ── 9 · Matte by colour distance, as recorded ─────────────────────────────────────────────────────
 
+# The dominance of the key's channels is the colour difference of Petro Vlahos, and capping them his
+# rule against spill: on green, no pixel is greener than the larger of red and blue.
 KEY_LIKE_DISTANCE = 32
 KEY_LIKE_DOMINANCE = 16
 HAZE_ALPHA = 8
@@ -733,9 +735,36 @@ def cut_by_distance(picture: Picture, key: Colour, method: MatteMethod) -> Cutou
 
 # ── 10 · Unmixing ─────────────────────────────────────────────────────────────────────────────────
 #
-# Every pixel is a mixture C = a·F + (1 - a)·K. With D(C) the height of the key's channel above
-# another one, q = 1 - D(C)/D(K) is linear in it: q = a·q_F. Alpha is q where the subject lacks the
-# key's hue (q_F = 1), and C - K projected on F - K where a certain subject colour F is near.
+# A pixel of an edge, of glass or of a shadow is a mixture of the subject's colour F and the key K:
+#
+#     C = a·F + (1 - a)·K
+#
+# C and K are known, F and a are not: three equations, one a channel, for four unknowns. Something
+# must be known of F beforehand (Smith and Blinn 1996, "Blue Screen Matting"), one of two things:
+#
+# F lacks the key's hue. Let D(C) be how far a channel of C that the key lights up stands above one
+# that it does not, as in the colour difference key of Petro Vlahos; of several such pairs the one
+# counts in which C is least like the key. q = 1 - D(C)/D(K) is 0 for the key and linear: q = a·q_F.
+# A grey F has D(F) = 0, hence q_F = 1 and a = q; so has any F with two equally bright channels.
+#
+# F is a colour nearby. Over the few pixels from one that is certainly subject to the background, F
+# and K hardly change. That makes a an affine function of C (Levin, Lischinski and Weiss 2008, "A
+# Closed-Form Solution to Natural Image Matting"), the projection of C on the line from K to F:
+# a = (C - K)·(F - K) / |F - K|².
+#
+# One pixel by hand, half of it covered by a reddish brown:
+#
+#     K = (8, 248, 8)    F = (200, 80, 40)    a = 0.5    C = (104, 164, 24)
+#     D(K) = 248 - 8 = 240     above red as well as above blue
+#     D(C) = 164 - 104 = 60    above red; above blue it would be 164 - 24 = 140
+#     q    = 1 - 60/240 = 0.75
+#
+# That is too much, for this F is the opposite of green: q_F = 1 - (80 - 200)/240 = 1.5. With a = q
+# its colour would be K + (C - K)/q = (136, 136, 29), an olive. With the brown found nearby:
+#
+#     C - K = (96, -84, 16)    F - K = (192, -168, 32)
+#     a     = (96·192 + 84·168 + 16·32) / (192² + 168² + 32²) = 33056 / 66112 = 0.5
+#     F     = K + (C - K)/a = (200, 80, 40)
 
 # ── 10a · The backdrop, and q ─────────────────────────────────────────────────────────────────────
 
@@ -802,8 +831,12 @@ def unmixed_colour(colour: F32, alpha: F32, key: F32) -> F32:
 
 # ── 10b · The mixture, its chroma sharpened if it was stored coarsely ─────────────────────────────
 #
-# A lossy picture stores chroma at half the resolution of luma. Between any two colours, though,
-# chroma is a linear function of luma, so the detail that the one lost can be had from the other.
+# A JPEG stores chroma at half the resolution of luma, and libjpeg doubles it with a triangle filter
+# ("fancy upsampling": 3/4 of the nearer value, 1/4 of the next). Then the step inside a pair of
+# pixels is the mean of the steps before and after it, and one pixel on, the same rule fails. But
+# between two colours chroma is a linear function of luma, so the detail that the one lost can be
+# had from the other: by a guided filter (He, Sun and Tang 2013) whose guide is luma, with slopes
+# from small windows at half the resolution, damped where more than two colours meet.
 
 SAMPLE_LINES = 128  # rows and columns, at least, that are looked at
 STEEP_STEP = 12  # a smaller step of chroma says nothing
@@ -898,7 +931,7 @@ def chroma_slopes(luma: F32, chromas: Sequence[F32]) -> Iterator[F32]:
 def sharpen_chroma(colour: F32) -> F32:
     """Add to the half-resolution chroma the detail that the full-resolution luma has."""
     red, green, blue = colour
-    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue  # as JPEG has it (ITU-R BT.601)
     coarse = halve(luma)
     detail = luma - double(coarse, luma.shape)
     chromas = [red - green, blue - green]
@@ -1102,7 +1135,8 @@ def certain_pixels(mixture: Mixture, areas: HuedAreas) -> tuple[Mask, Mask]:
 #
 # An edge pixel looks in eight directions for pixels that are certainly subject, and takes the one
 # whose line to the key it lies nearest to; a pixel of distance costs as much as a level, for the
-# nearest colour is the likeliest.
+# nearest colour is the likeliest. (Such rays and costs are those of Gastal and Oliveira 2010,
+# "Shared Sampling for Real-Time Alpha Matting", who sample the background as well.)
 
 LIGHT_COLOUR, LIGHT_RAMP = 5, 25  # levels between channels
 LIGHT_LEVEL = 0.95  # of the way to full in the brightest channel
@@ -1118,7 +1152,7 @@ def thin_out(alpha: F32, mixture: Mixture, places: Places) -> None:
     """Take the least alpha whose colour can be shown, unless the colour is grey.
 
     For q to be its alpha, a colour would have to be exactly as bright in the key's channel as in
-    another; light is likelier to have a full one.
+    another; light is likelier to have a full one. GIMP's "Color to Alpha" takes it for all.
     """
     q, mixed = alpha.reshape(-1)[places], mixture.colours_at(places)
     key = mixture.backdrop.key[:, None]
@@ -1242,7 +1276,7 @@ def bleed_colour(planes: Planes, alpha: U8, blur: ImageFilter.GaussianBlur) -> P
     """Give what the feather will uncover the colour of its surroundings instead of black."""
     weight = np.asarray(Image.fromarray(alpha).filter(blur)).astype(np.float32)
     bled = []
-    for plane in planes:
+    for plane in planes:  # premultiplied (Porter and Duff 1984), colours can be averaged
         premultiplied = np.rint(plane * (alpha / np.float32(255))).astype(np.uint8)
         blurred = np.asarray(Image.fromarray(premultiplied).filter(blur))
         colour = np.minimum(np.rint(blurred * (255 / np.maximum(weight, 1))), 255)

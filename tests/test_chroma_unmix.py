@@ -32,7 +32,9 @@ from remove_chroma_key import (
     has_subsampled_chroma,
     hue_pairs,
     key_free_share,
+    project,
     sharpen_chroma,
+    unmixed_colour,
 )
 
 if TYPE_CHECKING:
@@ -253,6 +255,28 @@ def test_q_is_linear_in_alpha_for_every_subject(subject: Colour, key: Colour, al
     )
     assert q_key == pytest.approx(0, abs=1e-5)
     assert q_mixed == pytest.approx(alpha * q_subject, abs=1e-4)
+
+
+def test_the_pixel_that_is_worked_out_by_hand_comes_out_as_written(tmp_path: Path) -> None:
+    key, brown, half = (8, 248, 8), (200, 80, 40), (104, 164, 24)
+    exact_key, foreground, mixed = (
+        np.array(colour, np.float32)[:, None] for colour in (key, brown, half)
+    )
+    assert mixed.tolist() == (0.5 * foreground + 0.5 * exact_key).tolist()
+    q = key_free_share(mixed, exact_key[:, 0])
+    assert q.tolist() == [0.75]
+    assert key_free_share(foreground, exact_key[:, 0]).tolist() == [1.5]
+    olive = unmixed_colour(mixed, q, exact_key[:, 0])
+    assert np.rint(olive[:, 0]).tolist() == [136, 136, 29]
+    energy = np.square(mixed - exact_key).sum(axis=0)
+    assert energy.tolist() == [96**2 + 84**2 + 16**2]
+    alpha, misfit = project(mixed - exact_key, energy, foreground - exact_key)
+    assert (alpha.tolist(), misfit.tolist()) == ([33056 / 66112], [0])
+    assert unmixed_colour(mixed, alpha, exact_key[:, 0])[:, 0].tolist() == list(brown)
+    pixels = np.full((24, 24, 3), key, np.uint8)
+    pixels[6:18, 6:18] = half
+    pixels[7:17, 7:17] = brown
+    assert cut_out(tmp_path, pixels, *UNMIX)[12, 6].tolist() == [*brown, 128]
 
 
 @pytest.mark.parametrize(
