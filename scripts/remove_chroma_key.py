@@ -597,7 +597,7 @@ def spill_channels(key: Colour) -> tuple[int, ...]:
 
 # ── 8 · Planes and masks ──────────────────────────────────────────────────────────────────────────
 
-EDGE_WIDTH = 3  # pixels from the background to the end of an antialiased edge
+EDGE_WIDTH = 3  # pixels from the background to the end of an antialiased edge; 2: -0.6 dB, see 10
 
 
 def key_distance(planes: Planes, key: Colour) -> U8:
@@ -765,17 +765,24 @@ def cut_by_distance(picture: Picture, key: Colour, method: MatteMethod) -> Cutou
 #     C - K = (96, -84, 16)    F - K = (192, -168, 32)
 #     a     = (96·192 + 84·168 + 16·32) / (192² + 168² + 32²) = 33056 / 66112 = 0.5
 #     F     = K + (C - K)/a = (200, 80, 40)
+#
+# The thresholds were measured on composites of known alpha: 13 photographs and drawings (line art,
+# thin frames, hair, glass, glow, shadow, the key's hue) on #00ff00, #ff00ff, #0000ff and #04f90b;
+# clean, with noise (deviation 2), as JPEG (quality 90, 4:2:0), with a drift of the key by 8, and on
+# backgrounds as image models paint them: 208 in all, and 24 more on grey keys. After a threshold
+# stands what other values cost (-) or gain (+): dB of PSNR where alpha is partial (mean 34.9), or
+# holes, the share of opaque pixels that come out below 245 (1.1 %). "Alike" is within 0.05 dB.
 
 # ── 10a · The backdrop, and q ─────────────────────────────────────────────────────────────────────
 
-HUE_CONTRAST = 64  # a key without two channels that far apart has no hue
-GREY_KEY_DISTANCE = 96  # then, what is that far from the key is subject
-NOISE_DISTANCE = 24  # border pixels farther from the key are subject, not noise
-NOISE_PERCENTILE = 99  # of the rest, so many are background
-NOISE_MARGIN = 1.15  # … with some to spare
-LEAST_NOISE = 2  # levels, on a clean key too
-FAINT = 20  # up to there a pixel is too faint to be an edge
-LEAST_ALPHA = 0.02  # no colour is recovered from less
+HUE_CONTRAST = 64  # a key without two channels that far apart has no hue; 40, 100: alike
+GREY_KEY_DISTANCE = 96  # then, what is that far from the key is subject; 64, 128: -0.5, -0.3 dB
+NOISE_DISTANCE = 24  # border pixels farther from the key are subject, not noise; 16, 36: alike
+NOISE_PERCENTILE = 99  # of the rest, so many are background; 97, 99.7: alike …
+NOISE_MARGIN = 1.15  # … with some to spare; 1.5: -0.1 dB, but a fourth less haze
+LEAST_NOISE = 2  # levels, on a clean key too; 4: -0.3 dB, most of it in line art and glass
+FAINT = 20  # up to there a pixel is too faint to be an edge; 14, 28: -0.1, -0.5 dB
+LEAST_ALPHA = 0.02  # no colour is recovered from less; 0.01, 0.04: +0.1, -0.8 dB on clean ones
 
 
 class Backdrop(NamedTuple):
@@ -836,17 +843,17 @@ def unmixed_colour(colour: F32, alpha: F32, key: F32) -> F32:
 # pixels is the mean of the steps before and after it, and one pixel on, the same rule fails. But
 # between two colours chroma is a linear function of luma, so the detail that the one lost can be
 # had from the other: by a guided filter (He, Sun and Tang 2013) whose guide is luma, with slopes
-# from small windows at half the resolution, damped where more than two colours meet.
+# from small windows at half the resolution, damped where more than two colours meet: +1.2 dB.
 
-SAMPLE_LINES = 128  # rows and columns, at least, that are looked at
-STEEP_STEP = 12  # a smaller step of chroma says nothing
-RULE_MISFIT = 10  # levels by which a step may miss the rule
-RULE_SHARE = 3  # one step in that many keeps it
-RULE_CONTRAST = 1.25  # times as many as out of phase
-RULE_STEPS = 32  # fewer say nothing
-CHROMA_NOISE = 5  # variance that quantisation adds to chroma
-TRUST_FROM, TRUST_RAMP = 0.5, 0.45  # of the squared correlation
-GUIDE_REACH = 2  # pixels of half the resolution
+SAMPLE_LINES = 128  # rows and columns, at least, that are looked at; 64, 256: alike
+STEEP_STEP = 12  # a smaller step of chroma says nothing; 8, 18: alike
+RULE_MISFIT = 10  # levels by which a step may miss the rule; 6, 15: one, four JPEGs are not found
+RULE_SHARE = 3  # one step in that many keeps it; JPEGs have 0.40 and more; 2: three are not found
+RULE_CONTRAST = 1.25  # times as many as out of phase; JPEGs 1.4 and more, others up to 1.1
+RULE_STEPS = 32  # fewer say nothing; 16, 64: alike
+CHROMA_NOISE = 5  # variance that quantisation adds to chroma; 2, 12: alike
+TRUST_FROM, TRUST_RAMP = 0.5, 0.45  # of the squared correlation; from 0.3, 0.7: alike
+GUIDE_REACH = 2  # pixels of half the resolution; 1, 3: alike
 
 
 class Mixture(NamedTuple):
@@ -963,29 +970,29 @@ def mixture_of(planes: Planes, key: Colour) -> Mixture:
 # judged: a plateau of cells of one colour is opaque, unless its like fades in the ring of cells
 # along the background, as glow (light of some colour) or shade (grey).
 
-CELL = 4  # pixels
-CERTAIN_Q = 0.97  # above, what is away from the edges is certainly subject
-EVEN_Q = 0.25  # q varies more than that only where edges cross a cell
-SAME_COLOUR = 20  # levels between neighbouring cells of a plateau
-LIKE_CELLS = 6  # of 3x3, itself included, make the core of a plateau
-CORE_WEIGHT = 28  # of 81, the core cells in 5x5, the nearer the heavier
-PLATEAU_SHARE = 0.6  # of a plateau's q is the least that pixels beside it have
-RING_REACH = 3  # cells from the background to the end of the ring
-FLAT_STEP = 1.5  # levels between cells of one flat colour
-GRAIN_STEP = 0.35  # … and that much of the grain
+CELL = 4  # pixels; 3: alike, but 0.5 % more holes; 6, 8: -0.5, -1.1 dB
+CERTAIN_Q = 0.97  # above, what is away from the edges is certainly subject; 0.94: -0.4 dB
+EVEN_Q = 0.25  # q varies more than that only where edges cross a cell; 0.4: -0.7 dB
+SAME_COLOUR = 20  # levels between neighbouring cells of a plateau; 14: alike; 28: -0.1 dB
+LIKE_CELLS = 6  # of 3x3, itself included, make the core of a plateau; 5: -0.1 dB; 7: alike
+CORE_WEIGHT = 28  # of 81, the core cells in 5x5, the nearer the heavier; 20: -0.3 dB; 36: alike
+PLATEAU_SHARE = 0.6  # of a plateau's q is the least that pixels beside it have; 0.45, 0.75: alike
+RING_REACH = 3  # cells from the background to the end of the ring; 2: alike; 4: 0.2 % more holes
+FLAT_STEP = 1.5  # levels between cells of one flat colour; 1: 0.4 % more holes; 2.25: -0.5 dB
+GRAIN_STEP = 0.35  # … and that much of the grain; 0.25, 0.5: alike; 0: 0.4 % more holes
 LEAST_FADE = 0.03  # q of a cell that fades; only tiny pictures need it
-# The largest q of a cell that is glow or shade, and of the 5x5 around it.
+# The largest q of a cell that is glow or shade, and of the 5x5 around it (3x3: 0.8 % more holes).
 FAINT_GLOW_Q, FAINT_GLOW_AROUND = 0.25, 0.6  # needed by one piece of glass
-STEEP_GLOW_Q, STEEP_GLOW_AROUND = 0.45, 0.85
-STEEP_GLOW_RISE = 1.25  # from a cell to the largest around it
-SHADE_Q, SHADE_AROUND = 0.6, 0.8
-NEUTRAL = 40  # levels between the channels of a shade
-DARK = 80  # levels; glow that is darker may be a shadow, no light
-LEAST_CELLS = 8  # fewer are no evidence
-FADING_SHARE = 0.01  # of the ring is evidence that the like of it is see-through
-CLEAR_SHARE = 0.03  # of the ring, bright, that all of the picture is
-COLOUR_BINS = 8  # of each channel
-COMMON_SHARE, COMMON_CELLS = 0.02, 3  # of the evidence are a common colour
+STEEP_GLOW_Q, STEEP_GLOW_AROUND = 0.45, 0.85  # q 0.35: +0.1 dB; around 0.95: 0.2 % more holes
+STEEP_GLOW_RISE = 1.25  # from a cell to the largest around it; 1.1, 1.5: alike
+SHADE_Q, SHADE_AROUND = 0.6, 0.8  # q 0.75: -0.1 dB, 0.7 % more holes; around 0.95: 0.2 %
+NEUTRAL = 40  # levels between the channels of a shade; 25, 60: alike
+DARK = 80  # levels; glow that is darker may be a shadow, no light; 50, 120: alike
+LEAST_CELLS = 8  # fewer are no evidence; 4, 16: alike
+FADING_SHARE = 0.01  # of the ring is evidence that the like of it is see-through; 0.02: alike
+CLEAR_SHARE = 0.03  # of the ring, bright, that all of the picture is; 0.06: +0.1 dB
+COLOUR_BINS = 8  # of each channel; those beside a common one are alike; 16: -0.1 dB
+COMMON_SHARE, COMMON_CELLS = 0.02, 3  # of the evidence are a common colour; half, double: alike
 
 
 class Cells(NamedTuple):
@@ -995,7 +1002,7 @@ class Cells(NamedTuple):
     q: F32  # of the mean
     q_range: F32
     q_high: F32
-    solid: Mask  # no background in it, nor in a neighbour
+    solid: Mask  # no background in it, nor in a neighbour; within two: -0.4 dB
     ring: Mask  # those of them that are near the background
 
 
@@ -1109,9 +1116,9 @@ def judge_areas(cells: Cells, backdrop: Backdrop, subject: str) -> HuedAreas:
 
 # ── 10d · Pixels that are certainly subject ───────────────────────────────────────────────────────
 
-EVEN_HUNDREDTHS = 5  # of q, in the flat middle of a thin stroke
-STROKE_DISTANCE = 2  # pixels from the background to such a middle
-STROKE_COLOUR = 14  # levels between channels that are no grey
+EVEN_HUNDREDTHS = 5  # of q, in the flat middle of a thin stroke; 3: 0.1 % more holes; 8: -0.2 dB
+STROKE_DISTANCE = 2  # pixels from the background to such a middle; 1, 3: -0.3, +0.1 dB
+STROKE_COLOUR = 14  # levels between channels that are no grey; 8: -0.1 dB; 24: alike
 
 
 def certain_pixels(mixture: Mixture, areas: HuedAreas) -> tuple[Mask, Mask]:
@@ -1138,14 +1145,14 @@ def certain_pixels(mixture: Mixture, areas: HuedAreas) -> tuple[Mask, Mask]:
 # nearest colour is the likeliest. (Such rays and costs are those of Gastal and Oliveira 2010,
 # "Shared Sampling for Real-Time Alpha Matting", who sample the background as well.)
 
-LIGHT_COLOUR, LIGHT_RAMP = 5, 25  # levels between channels
-LIGHT_LEVEL = 0.95  # of the way to full in the brightest channel
+LIGHT_COLOUR, LIGHT_RAMP = 5, 25  # levels between channels; 10, 40: +0.1, +0.2, the worst -0.2 dB
+LIGHT_LEVEL = 0.95  # of the way to full in the brightest channel; 0.9: -0.1 dB; 1: alike
 DIRECTIONS = ((-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1))
-SEARCH_RADII = (6, 4, 2)  # pixels, the nearest last
-PLAIN_LEEWAY = 2  # levels between channels that rounding makes
-HUE_DOUBT = 40  # levels, where F has all of the key's hue
-GREY_KEY_DOUBT = 255  # levels, where the key has no hue
-FREE_COST = 0.5  # levels that rounding costs
+SEARCH_RADII = (6, 4, 2)  # pixels, the nearest last; (4, 2), (8, 6, 4, 2), (6, 3): alike
+PLAIN_LEEWAY = 2  # levels between channels that rounding makes; 0, 4: alike
+HUE_DOUBT = 40  # levels, where F has all of the key's hue; 25, 60: alike; 0: +0.1 dB
+GREY_KEY_DOUBT = 255  # levels, where the key has no hue; 160, 400: alike
+FREE_COST = 0.5  # levels that rounding costs; 0, 1: alike
 
 
 def thin_out(alpha: F32, mixture: Mixture, places: Places) -> None:
@@ -1224,7 +1231,7 @@ def fit_edges(alpha: F32, mixture: Mixture, certain: Mask, places: Places) -> No
 
 # ── 10f · All of it ───────────────────────────────────────────────────────────────────────────────
 
-SETTLE_FROM, SETTLE_RAMP = 0.88, 0.075
+SETTLE_FROM, SETTLE_RAMP = 0.88, 0.075  # without: +0.4 dB in JPEGs, but 2 % more holes
 SHARES_HUE = 0.9  # q; below, an opaque pixel is reported to share the key's hue
 
 
@@ -1305,12 +1312,12 @@ def contract_and_feather(cutout: Cutout, job: Job) -> Cutout:
 
 # ── 12 · Self-check ───────────────────────────────────────────────────────────────────────────────
 
-FLAT_BORDER_DISTANCE = 40  # levels from the key
-FLAT_BORDER_SHARE = 0.6  # the rest may be a subject that leaves the picture
+FLAT_BORDER_DISTANCE = 40  # levels from the key; of the composites' borders 99 % are within 10
+FLAT_BORDER_SHARE = 0.6  # the rest may be a subject that leaves the picture; composites have 1
 SPREAD_PERCENTILE = 90  # for the report alone
-LEAST_SHARE = 0.002  # less removed or left is nothing
-KEY_HUED_SHARE = 0.01
-CUT_SHARE = 0.01  # of a side
+LEAST_SHARE = 0.002  # less removed or left is nothing; composites have at least 0.3 and 0.1
+KEY_HUED_SHARE = 0.01  # 49 composites have more; 0.005, 0.02: 49, 45
+CUT_SHARE = 0.01  # of a side; composites have 0
 
 
 def spill_level(cutout: Cutout) -> float:
