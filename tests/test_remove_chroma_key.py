@@ -41,8 +41,11 @@ def picture(tmp_path: Path) -> Path:
 def in_process(*argv: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(SCRIPT), *map(str, argv)],
-        capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
 
 
 # ── What is printed and written ──────────────────────────────────────────────────────────────────
@@ -67,8 +70,12 @@ def test_the_script_runs_alone_as_a_process(picture: Path, tmp_path: Path) -> No
     target = tmp_path / "cut.webp"
     done = subprocess.run(
         [sys.executable, str(copy), "--input", str(picture), "--out", str(target), *UNMIX],
-        capture_output=True, text=True, check=False, timeout=60, cwd=tmp_path,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        cwd=tmp_path,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"Wrote {target}\nKey color: #00ff00\n")
     assert load(target)[0, 0].tolist() == [0, 0, 0, 0]
@@ -285,9 +292,13 @@ def test_nothing_but_the_work_itself_needs_numpy_and_pillow(
         (folder / f"{name}.py").write_text(f"raise ModuleNotFoundError(name={name!r})")
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *argv],
-        capture_output=True, text=True, check=False, timeout=60, cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": str(folder)},
-    )  # fmt: skip
+    )
     assert done.returncode == exit_code
     assert said in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -476,8 +487,10 @@ def test_several_inputs_become_files_of_the_same_stem(tmp_path: Path) -> None:
     assert [line for line in outcome.stdout.splitlines() if line.startswith("Wrote")] == [
         f"Wrote {tmp_path / 'cut' / name}" for name in ("a.png", "b.png", "c.png")
     ]
-    assert all((load(path) == load(tmp_path / "cut" / "a.png")).all() for path in
-               (tmp_path / "cut").iterdir())  # fmt: skip
+    assert all(
+        (load(path) == load(tmp_path / "cut" / "a.png")).all()
+        for path in (tmp_path / "cut").iterdir()
+    )
 
 
 @pytest.mark.parametrize("bad", ["empty", "missing", "directory"])
@@ -510,8 +523,10 @@ def test_a_batch_runs_as_processes_of_a_real_run(tmp_path: Path) -> None:
     done = in_process("--input", *sources, "--out-dir", tmp_path / "cut", *UNMIX, "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert [Path(json.loads(line)["output"]).name for line in done.stdout.splitlines()] == [
-        "a.png", "b.png", "c.png",
-    ]  # fmt: skip
+        "a.png",
+        "b.png",
+        "c.png",
+    ]
 
 
 def test_a_reader_that_goes_away_does_not_stop_the_work(picture: Path, tmp_path: Path) -> None:
@@ -520,8 +535,13 @@ def test_a_reader_that_goes_away_does_not_stop_the_work(picture: Path, tmp_path:
     os.close(reader)
     with os.fdopen(writer, "wb") as closed_pipe:
         done = subprocess.run(
-            argv, stdout=closed_pipe, stderr=subprocess.PIPE, text=True, check=False, timeout=60,
-        )  # fmt: skip
+            argv,
+            stdout=closed_pipe,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=60,
+        )
     assert (done.returncode, done.stderr) == (0, "")
     assert load(tmp_path / "o.png").shape == (96, 96, 4)
 
