@@ -12,29 +12,30 @@ colour: hard at --tolerance, or soft between the two thresholds of --soft-matte.
 Exit codes: 0 every requested image is on disk · 1 at least one image is missing · 2 refused before
 anything was done · 130 interrupted.
 
-The file, from top to bottom:
-   1   limits and defaults, as tables
-   2   words and failures
-   3   records
-   4   command line: a new option is a row of a table
-   5   preflight: a new refusal is a sentence of a generator
-   6   read: any still picture as 8-bit planes
-   7   key colour: named, or measured at the corners or the border
-   8   planes and masks
-   9   matte by colour distance, as recorded
-  10   unmixing: the model, with one pixel worked out by hand
-  10a  the backdrop, and q
-  10b  the mixture, its chroma sharpened if it was stored coarsely
-  10c  areas in the key's hue: opaque, glow or shade
-  10d  pixels that are certainly subject
-  10e  the others: coloured light, and edges
-  10f  all of it
-  11   edge: contract and feather
-  12   self-check: a new warning is a sentence of a generator
-  13   write
-  14   report
-  15   run
-  16   main
+The file, from top to bottom; a section uses only what stands above it:
+
+    1  limits and defaults, as tables
+    2  words and failures
+    3  records                         what one section hands to the next
+    4  command line                    a new option is a row of a table
+    5  preflight                       a new refusal is a sentence of a generator
+    6  read                            any still picture as 8-bit planes
+    7  key colour                      named, or measured at the corners or the border
+    8  planes and masks
+    9  matte by colour distance        as recorded
+   10  unmixing                        the model, with one pixel worked out by hand
+   10a the backdrop, and q             how much of a pixel is not key
+   10b the mixture                     its chroma sharpened where it was stored coarsely
+   10c areas in the key's hue          opaque, glow or shade
+   10d certain pixels                  those that are subject alone
+   10e the others                      coloured light, and edges
+   10f all of it
+   11  edge                            contract and feather
+   12  self-check                      a new warning is a sentence of a generator
+   13  write
+   14  report
+   15  run
+   16  main
 """
 # /// script
 # requires-python = ">=3.11"
@@ -76,7 +77,7 @@ class Lazy:
 
 if TYPE_CHECKING:
     import json
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from concurrent import futures
 
     import numpy as np
@@ -100,7 +101,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # ── 1 · Limits and defaults, as tables ────────────────────────────────────────────────────────────
 
-DEFAULT_KEY_COLOUR = "#00ff00"
+DEFAULT_KEY_COLOUR = (0, 255, 0)
 DEFAULT_TOLERANCE = 12
 DEFAULT_TRANSPARENT_THRESHOLD = 12
 DEFAULT_OPAQUE_THRESHOLD = 96
@@ -243,73 +244,116 @@ def as_real_number(text: str, *, most: float) -> float:
 
 
 class Option(NamedTuple):
-    """A row of the tables below."""
+    """A flag."""
 
-    flags: str  # the last one names the attribute of `Arguments`
+    usage: str  # the flag, its other spellings, and what stands for its value
+    convert: Callable[[str], Any] | None  # None: a switch
     help: str
-    values: tuple[str, ...] | int | str = ""  # choices, largest number or a word; none of a switch
-    convert: Callable[..., Any] = str
-    default: Any = None  # of choices it is the first, of numbers 0 or the method's
-    several: bool = False  # at least one value
+    default: object = ""  # as the help tells it; what is not given gets its value in a record
+    more: Mapping[str, Any] = {}  # what else argparse is told
 
 
-FILE_OPTIONS = (
+as_level = functools.partial(as_real_number, most=255)
+
+FILES = (
     Option(
-        "--input", "the pictures to cut out; several need --out-dir", "PATH", Path, several=True
+        "--input PATH",
+        Path,
+        "the pictures to cut out; several need --out-dir",
+        more={"action": "extend", "nargs": "+", "required": True},
     ),
-    Option("--out", "the cut-out, .png or .webp", "PATH", Path),
-    Option("--out-dir", "write DIR/<input stem>.png", "DIR", Path),
-    Option("--force", "replace existing outputs"),
-    Option("--json", "print one JSON object a line per picture instead of text"),
+    Option("--out PATH", Path, "the cut-out, .png or .webp"),
+    Option("--out-dir DIR", Path, "write DIR/<input stem>.png"),
+    Option("--force", None, "replace existing outputs"),
+    Option("--json", None, "print one JSON object a line per picture instead of text"),
 )
-KEY_OPTIONS = (
-    Option("--key-color", "the colour to remove", "#RRGGBB", as_colour, DEFAULT_KEY_COLOUR),
-    Option("--auto-key", "measure the key colour at the corners or border instead", AUTO_KEYS),
-)
-UNMIX_OPTIONS = (
-    Option("--unmix", "recover alpha and the subject's own colour; no tuning"),
+KEY = (
     Option(
-        "--subject", "what areas that share the key's hue are; auto judges by the picture", SUBJECTS
+        "--key-color #RRGGBB", as_colour, "the colour to remove", hex_colour(DEFAULT_KEY_COLOUR)
     ),
-)
-MATTE_OPTIONS = (
-    Option("--tolerance", "hard matte: up to this distance is transparent", 255, as_whole_number),
-    Option("--soft-matte", "a ramp between two thresholds"),
-    Option("--transparent-threshold", "soft matte: transparent up to here", 255, as_real_number),
-    Option("--opaque-threshold", "soft matte: opaque from here", 255, as_real_number),
-    Option("--spill-cleanup --despill", "cap the key's channels in pixels that are not opaque"),
-)
-EDGE_OPTIONS = (
     Option(
-        "--edge-contract", "choke the matte by so many pixels", MAX_EDGE_CONTRACT, as_whole_number
+        "--auto-key",
+        str,
+        "measure the key colour at the corners or border instead",
+        AUTO_KEYS[0],
+        more={"choices": AUTO_KEYS},
     ),
-    Option("--edge-feather", "blur the matte with this radius", MAX_EDGE_FEATHER, as_real_number),
 )
-OPTION_GROUPS = {
-    "files": FILE_OPTIONS,
-    "key colour": KEY_OPTIONS,
-    "unmixing (recommended, with --auto-key border)": UNMIX_OPTIONS,
-    "matte by colour distance (not with --unmix)": MATTE_OPTIONS,
-    "edge": EDGE_OPTIONS,
+UNMIX = (
+    Option("--unmix", None, "recover alpha and the subject's own colour; no tuning"),
+    Option(
+        "--subject",
+        str,
+        "what areas that share the key's hue are; auto judges by the picture",
+        SUBJECTS[0],
+        more={"choices": SUBJECTS},
+    ),
+)
+MATTE = (
+    Option(
+        "--tolerance 0-255",
+        functools.partial(as_whole_number, most=255),
+        "hard matte: up to this distance is transparent",
+        DEFAULT_TOLERANCE,
+    ),
+    Option("--soft-matte", None, "a ramp between two thresholds"),
+    Option(
+        "--transparent-threshold 0-255",
+        as_level,
+        "soft matte: transparent up to here",
+        DEFAULT_TRANSPARENT_THRESHOLD,
+    ),
+    Option(
+        "--opaque-threshold 0-255",
+        as_level,
+        "soft matte: opaque from here",
+        DEFAULT_OPAQUE_THRESHOLD,
+    ),
+    Option(
+        "--spill-cleanup --despill",
+        None,
+        "cap the key's channels in pixels that are not opaque",
+        more={"dest": "despill"},
+    ),
+)
+EDGE = (
+    Option(
+        f"--edge-contract 0-{MAX_EDGE_CONTRACT}",
+        functools.partial(as_whole_number, most=MAX_EDGE_CONTRACT),
+        "choke the matte by so many pixels",
+        0,
+    ),
+    Option(
+        f"--edge-feather 0-{MAX_EDGE_FEATHER}",
+        functools.partial(as_real_number, most=MAX_EDGE_FEATHER),
+        "blur the matte with this radius",
+        0,
+    ),
+)
+# The groups of --help, in its order.
+GROUPS = {
+    "files": FILES,
+    "key colour": KEY,
+    "unmixing (recommended, with --auto-key border)": UNMIX,
+    "matte by colour distance (not with --unmix)": MATTE,
+    "edge": EDGE,
 }
-# What --help shows and argparse does not fill in, so that it can be told which are given.
-METHOD_DEFAULTS = {**UnmixMethod._field_defaults, **MatteMethod._field_defaults}
 
 
 class Arguments(argparse.Namespace):
-    """What argparse makes of the tables above, beside what `given` finds of a MatteMethod."""
+    """The parsed command line; what is not given stays as it is here or in a method's record."""
 
     input: list[Path]
-    out: Path | None
-    out_dir: Path | None
-    force: bool
-    json: bool
-    key_color: Colour
-    auto_key: str
-    unmix: bool
-    subject: str | None
-    edge_contract: int
-    edge_feather: float
+    out: Path | None = None
+    out_dir: Path | None = None
+    force: bool = False
+    json: bool = False
+    key_color: Colour = DEFAULT_KEY_COLOUR
+    auto_key: str = AUTO_KEYS[0]
+    unmix: bool = False
+    subject: str | None = None
+    edge_contract: int = 0
+    edge_feather: float = 0.0
 
 
 class Parser(argparse.ArgumentParser):
@@ -319,59 +363,42 @@ class Parser(argparse.ArgumentParser):
         """Refuse what argparse cannot read."""
         raise UsageError(f"{message}; see {self.prog} --help")
 
-
-def add_group(parser: Parser, title: str, options: Sequence[Option]) -> None:
-    """Add the options of a table under their title."""
-    group = parser.add_argument_group(title)
-    for option in options:
-        name = option.flags.split()[-1].removeprefix("--").replace("-", "_")
-        takes: dict[str, Any] = {"dest": name, "help": option.help}
-        values, default = option.values, option.default
-        if not values:
-            takes |= {"action": "store_true"}
-        elif isinstance(values, tuple):
-            takes |= {"choices": values}
-            default = values[0]
-        elif isinstance(values, int):
-            convert = functools.partial(option.convert, most=values)
-            takes |= {"type": convert, "metavar": f"0-{values}"}
-            default = METHOD_DEFAULTS.get(name, 0)
-        else:
-            takes |= {"type": option.convert, "metavar": values}
-        if default is not None:
-            takes["help"] += f" (default {default})"
-            takes["default"] = None if name in METHOD_DEFAULTS else default
-        if option.several:
-            takes |= {"action": "extend", "nargs": "+", "required": True}
-        group.add_argument(*option.flags.split(), **takes)
+    def add_group(self, title: str, options: Iterable[Option]) -> None:
+        """Add the flags of a group."""
+        group = self.add_argument_group(title)
+        for option in options:
+            words = option.usage.split(" ")
+            flags = [word for word in words if word.startswith("--")]
+            kind: dict[str, Any] = {"action": "store_true"}
+            if option.convert:
+                metavar = words[-1] if len(words) > len(flags) else None
+                kind = {"type": option.convert, "metavar": metavar}
+            default = "" if option.default == "" else f" (default {option.default})"
+            group.add_argument(*flags, help=option.help + default, **kind, **option.more)
 
 
 def build_parser() -> Parser:
-    """All options in their groups; the module docstring without its map is the help text."""
+    """Build the command line; its help is the module docstring without the map."""
     summary, _, details = (__doc__ or "").partition("\n\n")
     parser = Parser(
         prog="remove_chroma_key.py",
         description=summary,
-        epilog=details.partition("The file, from top to bottom:")[0],
+        epilog=details.partition("The file, from top to bottom")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    for title, options in OPTION_GROUPS.items():
-        add_group(parser, title, options)
+    for title, options in GROUPS.items():
+        parser.add_group(title, options)
     return parser
 
 
-def given(arguments: Arguments, names: Sequence[str]) -> dict[str, Any]:
-    """Those of the values that the command line has."""
-    values = {name: getattr(arguments, name) for name in names}
-    return {key: value for key, value in values.items() if value is not None and value is not False}
-
-
 def method_from(arguments: Arguments) -> MatteMethod | UnmixMethod:
-    """Choose the method and fill in its defaults."""
+    """Choose the method; what is not given keeps its default."""
     method = UnmixMethod if arguments.unmix else MatteMethod
-    return method(**given(arguments, method._fields))
+    given = {key: value for key, value in vars(arguments).items() if key in method._fields}
+    return method(**given)
 
 
 def jobs_from(arguments: Arguments) -> list[Job]:
@@ -396,7 +423,7 @@ def jobs_from(arguments: Arguments) -> list[Job]:
 
 def check_options(arguments: Arguments) -> Iterator[str]:
     """Options that contradict each other."""
-    received = given(arguments, MatteMethod._fields)
+    received = [name for name in MatteMethod._fields if name in vars(arguments)]
     if arguments.unmix and received:
         flags = ", ".join("--" + name.replace("_", "-") for name in received)
         yield f"{flags} shapes the matte that --unmix replaces; leave out one or the other"
@@ -668,7 +695,7 @@ def enlarge(cells: NDArray[Any], shape: tuple[int, ...], size: int) -> NDArray[A
     return enlarged
 
 
-# ── 9 · Matte by colour distance, as recorded ─────────────────────────────────────────────────────
+# ── 9 · Matte by colour distance ──────────────────────────────────────────────────────────────────
 
 # The dominance of the key's channels is the colour difference of Petro Vlahos, and capping them his
 # rule against spill: on green, no pixel is greener than the larger of red and blue.
@@ -836,7 +863,7 @@ def unmixed_colour(colour: F32, alpha: F32, key: F32) -> F32:
     return np.clip(key + (colour - key) / np.maximum(alpha, np.float32(LEAST_ALPHA)), 0, 255)
 
 
-# ── 10b · The mixture, its chroma sharpened if it was stored coarsely ─────────────────────────────
+# ── 10b · The mixture ─────────────────────────────────────────────────────────────────────────────
 #
 # A JPEG stores chroma at half the resolution of luma, and libjpeg doubles it with a triangle filter
 # ("fancy upsampling": 3/4 of the nearer value, 1/4 of the next). Then the step inside a pair of
@@ -1114,7 +1141,7 @@ def judge_areas(cells: Cells, backdrop: Backdrop, subject: str) -> HuedAreas:
     return HuedAreas(opaque_bar(cells.q, plateau & unlike), unlike, see_through=False)
 
 
-# ── 10d · Pixels that are certainly subject ───────────────────────────────────────────────────────
+# ── 10d · Certain pixels ──────────────────────────────────────────────────────────────────────────
 
 EVEN_HUNDREDTHS = 5  # of q, in the flat middle of a thin stroke; 3: 0.1 % more holes; 8: -0.2 dB
 STROKE_DISTANCE = 2  # pixels from the background to such a middle; 1, 3: -0.3, +0.1 dB
@@ -1138,7 +1165,7 @@ def certain_pixels(mixture: Mixture, areas: HuedAreas) -> tuple[Mask, Mask]:
     return (inner & (q >= CERTAIN_Q)) | (ridge & (q >= 1)) | hued, hued
 
 
-# ── 10e · The others: coloured light, and edges ───────────────────────────────────────────────────
+# ── 10e · The others ──────────────────────────────────────────────────────────────────────────────
 #
 # An edge pixel looks in eight directions for pixels that are certainly subject, and takes the one
 # whose line to the key it lies nearest to; a pixel of distance costs as much as a level, for the

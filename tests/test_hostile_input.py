@@ -11,7 +11,7 @@ import dry
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from image_gen import JOB_OPTIONS, PROMPT_FIELDS, whole_number
+from image_gen import JOB_OPTIONS, PROMPT_FIELDS, as_whole_number
 from inputs import Json, flag, job_file, picture
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def test_hostile_lines_are_refused_with_their_number_in_one_short_line(
 
 
 STRING_KEYS = sorted({*JOB_OPTIONS, *PROMPT_FIELDS, "prompt", "out"})
-NUMBER_KEYS = [key for key, option in JOB_OPTIONS.items() if option.convert is whole_number]
+NUMBER_KEYS = [key for key, option in JOB_OPTIONS.items() if option.convert is as_whole_number]
 WRONG_TYPES: list[object] = [True, False, 2.5, {}, {"a": 1}, [[]], [{"b": 2}], [None], [8]]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import glob
 import importlib
 import json
@@ -23,7 +24,6 @@ from pages import ROOT, TEXT, blocks, first_cells, prose, table, unfenced
 from PIL import Image
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Iterator, Mapping
 
     from cli import Run
@@ -304,15 +304,19 @@ def test_no_page_names_a_flag_that_does_not_exist(page: str) -> None:
     assert flags_in(TEXT[page]) <= {*IMAGE_GEN_FLAGS, *KEY_FLAGS, *OTHER_FLAGS}
 
 
-def shown_default(action: argparse.Action) -> str:
-    """A default as the tables of cli.md write it."""
-    built_in = {
-        "output_format": image_gen.DEFAULT_FORMAT,
-        "out": f"{image_gen.DEFAULT_OUT}.<format>",
-    }
-    default = built_in.get(action.dest, action.default)
-    if default is None:
-        default = image_gen.ImageRequest._field_defaults.get(action.dest)
+IMAGE_GEN_DEFAULTS = image_gen.DEFAULTS | {"out": f"{image_gen.DEFAULT_OUT}.<format>"}
+KEY_DEFAULTS = {
+    **vars(remove_chroma_key.Arguments),
+    **remove_chroma_key.MatteMethod._field_defaults,
+    **remove_chroma_key.UnmixMethod._field_defaults,
+    "key_color": remove_chroma_key.hex_colour(remove_chroma_key.DEFAULT_KEY_COLOUR),
+}
+
+
+def shown_default(action: argparse.Action, defaults: Mapping[str, object]) -> str:
+    """A default as the tables of cli.md write it; the parsers leave it to the records."""
+    assert action.default in {argparse.SUPPRESS, None}
+    default = defaults.get(action.dest)
     if action.required:
         return "required"
     if action.nargs == 0:
@@ -344,7 +348,7 @@ def test_the_tables_of_flags_agree_with_the_parsers(heading: str) -> None:
         assert having == expected, flag
         action = flags_of(subparsers()[having[0]])[flag]
         assert metavar == (action.metavar or ""), flag
-        assert default.strip("`") == shown_default(action), flag
+        assert default.strip("`") == shown_default(action, IMAGE_GEN_DEFAULTS), flag
         if len(rest) == 2:
             is_key = action.dest in {*image_gen.JOB_OPTIONS, "prompt"}
             assert rest[0] == (f"`{action.dest}`" if is_key else "-"), flag
@@ -367,18 +371,7 @@ def test_the_table_of_the_key_remover_agrees_with_its_parser() -> None:
     for name, default, _ in rows:
         flag, _, metavar = name.split(",")[0].strip("`").partition(" ")
         action = KEY_FLAGS[flag]
-        unset = {
-            "tolerance": remove_chroma_key.DEFAULT_TOLERANCE,
-            "transparent_threshold": remove_chroma_key.DEFAULT_TRANSPARENT_THRESHOLD,
-            "opaque_threshold": remove_chroma_key.DEFAULT_OPAQUE_THRESHOLD,
-            "subject": remove_chroma_key.SUBJECTS[0],
-            "out": "-",
-        }
-        value = unset.get(action.dest)
-        expected = (
-            f"{value:g}" if isinstance(value, int | float) else value or shown_default(action)
-        )
-        assert default.strip("`") == expected, flag
+        assert default.strip("`") == shown_default(action, KEY_DEFAULTS), flag
         if action.choices is None:
             assert metavar == str(action.metavar or "").upper(), flag
 
@@ -461,7 +454,10 @@ def facts() -> Iterator[tuple[str, str]]:
     yield api, f"{g.MIN_PIXELS:,} to {g.MAX_PIXELS:,} pixels; above 2560x1440"
     yield api, f"| 1 to {g.MAX_PROMPT_CHARACTERS:,} characters |"
     for key, (low, high) in g.RANGES.items():
-        yield api, f"| `{key}` | {low} to {high:,} |"
+        if key in g.PAYLOAD_KEYS:
+            yield api, f"| `{key}` | {low} to {high:,} |"
+        else:
+            yield cli, f", {low} to {high:,} |"
     yield api, f"| `output_format` | {', '.join(g.FORMATS)} |"
     compressing = [name for name, row in g.FORMATS.items() if row.compresses]
     yield api, f"| 0 to 100 | {' and '.join(compressing)} only |"

@@ -119,7 +119,7 @@ def test_answers_do_not_pile_up_behind_the_disk(
     unsaved: list[int] = []
     saved: list[int] = []
 
-    def slow(job: image_gen.Job, answer: dict[str, Any]) -> image_gen.Landing:
+    def slow(job: image_gen.Job, answer: dict[str, Any]) -> image_gen.Delivery:
         # Three jobs a slot are under way; nothing is saved before so many have been sent.
         api.wait_for_requests(min(30, len(saved) + 6))
         unsaved.append(len(api.requests) - len(saved))
@@ -137,7 +137,7 @@ def test_answers_do_not_pile_up_behind_the_disk(
 def test_a_bug_in_one_job_does_not_take_the_others_along(
     run: Run, api: ImagesAPI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(job: image_gen.Job, answer: dict[str, Any]) -> image_gen.Landing:
+    def broken(job: image_gen.Job, answer: dict[str, Any]) -> image_gen.Delivery:
         if job.number == 2:
             raise ZeroDivisionError
         return save(job, answer)
