@@ -123,9 +123,9 @@ def test_answers_do_not_pile_up_behind_the_disk(
         # Three jobs a slot are under way; nothing is saved before so many have been sent.
         api.wait_for_requests(min(30, len(saved) + 6))
         unsaved.append(len(api.requests) - len(saved))
-        landing = save(job, answer)
+        delivery = save(job, answer)
         saved.append(job.number)
-        return landing
+        return delivery
 
     save = image_gen.save_answer
     monkeypatch.setattr(image_gen, "save_answer", slow)
