@@ -21,7 +21,7 @@ The file, from top to bottom; a section uses only what stands above it:
     1  limits, formats, model families     a new model, format or limit is a row of a table
     2  words and failures                  how values are quoted; what is raised
     3  records                             what one section hands to the next
-    4  command line                        a new flag or JSONL key is a row of a table
+    4  command line                        a new flag or JSONL key is a row here, and a field in 3
     5  requests                            flags and lines of JSONL become jobs
     6  image files by their own bytes      what their heads and tails say
     7  plan of outputs                     names, and what is there already
@@ -29,11 +29,11 @@ The file, from top to bottom; a section uses only what stands above it:
     9  dry run                             the payloads as they are printed
    10  send                                a new error code of the API is a row of VERDICT_BY_CODE
    11  decode and post-process             from an answer to images, and smaller copies of them
-   12  write, and what is on disk          the only functions that create files
+   12  write, and what is on disk          the only functions that create files to stay
    13  report                              what is printed, and the exit code
    13a contact sheet
    14  run                                 from a job to its outcome, many at once
-   15  run, through the Batch API          a new state of a batch is a Stage, and a row of STEPS
+   15  run, through the Batch API          a new state of a batch is a Stage, with its STEPS
    16  main
 """
 # /// script
@@ -44,22 +44,19 @@ The file, from top to bottom; a section uses only what stands above it:
 from __future__ import annotations
 
 import argparse
-import binascii
-import filecmp
 import functools
-import importlib.util
+import importlib
 import io
 import json
 import os
 import re
-import signal
 import sys
 import time
 import unicodedata
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from datetime import UTC, date, datetime
 from enum import Enum
-from itertools import islice
+from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 __version__ = "0.2.0"
@@ -81,10 +78,13 @@ class Lazy:
 # A dry run uses none of these: it starts in a fifth of the time, and works without the packages.
 if TYPE_CHECKING:
     import asyncio
+    import binascii
     import difflib
     import fcntl
+    import filecmp
     import hashlib
     import random
+    import signal
     import tempfile
     import traceback
     from collections.abc import (
@@ -99,6 +99,7 @@ if TYPE_CHECKING:
     )
     from concurrent import futures
     from email import utils as email_utils
+    from importlib import util as importlib_util
     from typing import BinaryIO, Literal, NoReturn, TypeAlias, TypeVar
     from urllib import parse as urls
 
@@ -112,13 +113,13 @@ if TYPE_CHECKING:
     OnDraft: TypeAlias = Callable[[str], Awaitable[None]]
     T = TypeVar("T")
 else:
-    asyncio, difflib, fcntl, hashlib = map(Lazy, ("asyncio", "difflib", "fcntl", "hashlib"))
-    httpx2, jiter, openai, random = map(Lazy, ("httpx2", "jiter", "openai", "random"))
-    tempfile, traceback, urls = map(Lazy, ("tempfile", "traceback", "urllib.parse"))
+    asyncio, binascii, difflib, fcntl = map(Lazy, ("asyncio", "binascii", "difflib", "fcntl"))
+    filecmp, hashlib, httpx2, jiter = map(Lazy, ("filecmp", "hashlib", "httpx2", "jiter"))
+    openai, random, signal, tempfile = map(Lazy, ("openai", "random", "signal", "tempfile"))
     email_utils, futures = map(Lazy, ("email.utils", "concurrent.futures"))
-    Image, ImageDraw, ImageFont, ImageOps, ImageSequence = map(
-        Lazy, ("PIL.Image", "PIL.ImageDraw", "PIL.ImageFont", "PIL.ImageOps", "PIL.ImageSequence")
-    )
+    importlib_util, traceback, urls = map(Lazy, ("importlib.util", "traceback", "urllib.parse"))
+    Image, ImageDraw, ImageFont = map(Lazy, ("PIL.Image", "PIL.ImageDraw", "PIL.ImageFont"))
+    ImageOps, ImageSequence = map(Lazy, ("PIL.ImageOps", "PIL.ImageSequence"))
 
 # The records are named tuples: importing dataclasses alone would double the time of a dry run.
 
@@ -222,7 +223,8 @@ OLD_SIZES = ("1024x1024", "1536x1024", "1024x1536", "auto")
 QUALITIES = ("low", "medium", "high", "xhigh", "max", "auto")
 VARIANTS = ("sunburst", "flare")
 
-# Newest first: a model that no row knows gets the rules of the first row.
+# Newest first: a model that no row knows gets the rules of the first row. Of two prefixes that fit,
+# the upper one counts.
 MODEL_FAMILIES = (
     ModelFamily("gpt-image-2.6", QUALITIES, tuple(FORMATS), markup=True, variants=VARIANTS),
     ModelFamily("gpt-image-2.5", QUALITIES, tuple(FORMATS), markup=True, variants=VARIANTS),
@@ -383,6 +385,8 @@ def bad_answer(explanation: str) -> JobError:
 #                       Exchange, Delivery      what has come of it so far
 #                                  │
 #                     Done | Failed | Skipped   how it has ended
+#
+# A draft is what the API calls a partial image; a shard, the jobs that become one batch there.
 
 
 class ImageRequest(NamedTuple):
@@ -867,6 +871,7 @@ JOB_KEYS: Mapping[str, Callable[[object], Any]] = {
     **dict.fromkeys(("prompt", *PROMPT_FIELDS), as_words),
     "out": as_file_name,
 }
+# --help quotes the docstring of this file.
 SUMMARY, MANUAL = (__doc__ or "\n\n").split("\n\n", 1)
 EXIT_CODES = MANUAL[MANUAL.find("exit codes:") : MANUAL.find("\n\nThe file")]
 
@@ -913,13 +918,13 @@ class Parser(argparse.ArgumentParser):
         either = group.add_mutually_exclusive_group() if exclusive else group
         for option in options:
             name, _, metavar = option.usage.partition(" ")
-            kind: dict[str, Any] = {} if option.more else {"action": "store_true"}
+            kind: dict[str, Any] = {"action": "store_true"}
             if option.convert:
                 kind = {"type": option.convert, "metavar": metavar}
             default = str(option.default or DEFAULTS.get(option.key) or "").removesuffix(".0")
             explanation = option.help + (f" (default: {default})" if default else "")
             add = either.add_argument if option.exclusive else group.add_argument
-            add(name, help=explanation, **kind, **option.more)
+            add(name, help=explanation, **{**kind, **option.more})
 
 
 def build_parser(only: str | None = None) -> Parser:
@@ -1215,12 +1220,8 @@ def svg_picture(file: BinaryIO) -> Picture | None:
     root = re.search(r"<svg\b[^>]*>", content)
     if root is None:
         return None
-    width, height = (
-        int(match[1])
-        if (match := re.search(rf'\s{edge}="([0-9]{{1,6}})(\.[0-9]*)?(px)?"', root[0]))
-        else 0
-        for edge in ("width", "height")
-    )
+    sizes = (rf'\s{edge}="([0-9]{{1,6}})(\.[0-9]*)?(px)?"' for edge in ("width", "height"))
+    width, height = (int(found[1]) if (found := re.search(size, root[0])) else 0 for size in sizes)
     return Picture("svg", width, height, alpha=True, whole=content.rstrip().endswith("</svg>"))
 
 
@@ -1300,15 +1301,13 @@ def plan_outputs(job: Job, options: RunOptions) -> Job:
 def find_missing(job: Job, existing: Existing) -> Job:
     """Say which images of a job are to be asked for, and what they may replace."""
     outputs, missing = [], []
-    for planned in job.outputs:
-        there = existing == "keep" and os.path.isfile(planned.path)
-        broken = there and not ((seen := probe_file(planned.path)) and seen.whole)
-        output = planned._replace(
-            replace=broken or existing == "replace", replace_copy=existing != "refuse"
-        )
-        outputs.append(output)
+    for output in job.outputs:
+        there = existing == "keep" and os.path.isfile(output.path)
+        broken = there and not ((seen := probe_file(output.path)) and seen.whole)
+        replace = broken or existing == "replace"
+        outputs.append(output._replace(replace=replace, replace_copy=existing != "refuse"))
         if broken or not there:
-            missing.append(output)
+            missing.append(outputs[-1])
     return job._replace(outputs=tuple(outputs), missing=tuple(missing))
 
 
@@ -1695,7 +1694,7 @@ def check_environment(*, pillow: bool) -> Iterator[str]:
     if base_url and not is_base_url(base_url):
         yield f"OPENAI_BASE_URL {received(base_url)} has to begin with https:// and a host"
     for module, package, needed in (("openai", "openai", True), ("PIL", "pillow", pillow)):
-        if needed and importlib.util.find_spec(module) is None:
+        if needed and importlib_util.find_spec(module) is None:
             yield (
                 f"the package {package} is missing: {sys.executable or 'python3'} -m pip install "
                 f"{package}  (or run the script with uv run)"
@@ -1798,12 +1797,14 @@ VERDICT_BY_CODE: Mapping[str, tuple[Action, str]] = {
     "server_error": ("retry", "server"),
 }
 VERDICT_BY_STATUS: Mapping[int, tuple[Action, str]] = {
+    400: ("fail", "invalid_request"),  # and any other below 500
     401: ("stop run", "authentication"),
     403: ("stop model", "permission"),
     404: ("stop model", "unknown_model"),
     408: ("retry", "timeout"),
     409: ("retry", "conflict"),
     429: ("wait", "rate_limit"),
+    500: ("retry", "server"),  # and any other above
 }
 REMEDIES = {
     "quota": "add credit or raise the limit of the account",
@@ -1885,10 +1886,8 @@ def judge(
     fields = said if isinstance(said, dict) else {"message": said}
     code, kind_of_error = fields.get("code"), fields.get("type")
     by_code = VERDICT_BY_CODE.get(str(code)) or VERDICT_BY_CODE.get(str(kind_of_error))
-    server: tuple[Action, str] = (
-        ("retry", "server") if status >= 500 else ("fail", "invalid_request")
-    )
-    action, kind = by_code or VERDICT_BY_STATUS.get(status, server)
+    by_status = VERDICT_BY_STATUS.get(status) or VERDICT_BY_STATUS[500 if status >= 500 else 400]
+    action, kind = by_code or by_status
     remedy = f" ({REMEDIES[kind]})" if kind in REMEDIES else ""
     request = f" [{request_id}]" if request_id else ""
     message = one_line(fields.get("message") or "no explanation")
@@ -1961,17 +1960,17 @@ class Patience:
             raise JobError(verdict.failure, verdict.action)
         return retry_delay(verdict, self.requests)
 
-    def spend(self, seconds: float) -> None:
-        """Take what is about to be waited, or raise a JobError if that is too long."""
+    def allow(self, seconds: float) -> None:
+        """Raise a JobError if it would be too long to wait for so many seconds."""
         if seconds > self.seconds:
-            raise self.gave_up()
-        self.seconds -= seconds
+            last = self.last or Failure("rate_limit", "rate limit")
+            message = f"gave up, --max-wait is spent: {last.message}"
+            raise JobError(last._replace(message=message, retryable=True))
 
-    def gave_up(self) -> JobError:
-        """Return the error of what has waited long enough, for the last reason that it had."""
-        last = self.last or Failure("rate_limit", "rate limit")
-        message = f"gave up, --max-wait is spent: {last.message}"
-        return JobError(last._replace(message=message, retryable=True), "retry")
+    def spend(self, seconds: float) -> None:
+        """Take what is waited from what is left, where it is allowed."""
+        self.allow(seconds)
+        self.seconds -= seconds
 
 
 class Halt:
@@ -2034,11 +2033,10 @@ class RateGate:
         async with self.turn:
             while (delay := max(self.resume_at, self.next_at) - self.clock()) > 0:
                 self.halt.check(job)
-                if self.paused - paused + self.resume_at - self.clock() > patience.seconds:
-                    raise patience.gave_up()
+                patience.allow(self.paused - paused + self.resume_at - self.clock())
                 await self.halt.sleep(delay)
             self.halt.check(job)
-            patience.seconds -= self.paused - paused
+            patience.seconds -= self.paused - paused  # however long its turn took to come
             now = self.clock()
             if self.sent == 0:
                 self.opened_at = now
@@ -2074,21 +2072,17 @@ class Spool:
     """The raw body of an answer, outside the heap: some 4K answers at once would fill it."""
 
     def __init__(self) -> None:
-        self._file: io.FileIO | None
+        self._file: io.FileIO | None = None
         self._rest = bytearray()
-        try:
+        with suppress(OSError):
             self._file = tempfile.TemporaryFile(buffering=0)
-        except OSError:
-            self._file = None
 
     def write(self, chunk: bytes) -> None:
         """Append; what the disk for temporary files does not take stays in memory."""
         written = 0
         if self._file is not None and not self._rest:
-            try:
+            with suppress(OSError):
                 written = self._file.write(chunk)
-            except OSError:
-                written = 0
         self._rest += chunk[written:]
 
     def read(self) -> bytes:
@@ -2360,10 +2354,15 @@ def downscale(content: bytes, original: Saved, max_dim: int) -> bytes:
 def free_names(name: str) -> Iterator[str]:
     """Yield the name itself, then names beside it."""
     yield name
-    number = 1
-    while True:
-        yield beside(name, f"-alt-{number}")
-        number += 1
+    yield from (beside(name, f"-alt-{number}") for number in count(1))
+
+
+def same_content(name: str, other: str) -> bool:
+    """Tell whether two files hold the same, as after a collection that was interrupted."""
+    try:
+        return filecmp.cmp(name, other, shallow=False)
+    except OSError:
+        return False
 
 
 def place(temporary: str, name: str) -> None:
@@ -2404,7 +2403,7 @@ def write_file(
             try:
                 place(temporary, candidate)
             except FileExistsError:
-                if not (reuse and filecmp.cmp(temporary, candidate, shallow=False)):
+                if not (reuse and same_content(temporary, candidate)):
                     continue
             return candidate
     finally:
@@ -2434,15 +2433,13 @@ def save_image(output: Output, content: bytes) -> Saved:
         raise bad_answer("an image of the answer is empty")
     picture = probe(io.BytesIO(content))
     sound = picture is not None and picture.whole
-    planned = output.path if sound else f"{output.path}.damaged"
+    target = output.path if sound else f"{output.path}.damaged"
     try:
-        name = write_file(
-            planned, content, replace=output.replace and sound, reuse=output.collected
-        )
+        name = write_file(target, content, replace=output.replace and sound, reuse=output.collected)
     except OSError as error:
-        saved = rescue(planned, content)
+        saved = rescue(target, content)
         where = f"it was saved as {saved}" if saved else "it is lost"
-        message = f"{planned} could not be written ({error.strerror or error}); {where}"
+        message = f"{target} could not be written ({error.strerror or error}); {where}"
         raise JobError(Failure("write", message, maybe_billed=True)) from None
     if picture is None or not picture.whole:
         what = "cut off" if picture else "none that is known here"
@@ -2729,9 +2726,8 @@ class Report:
     def paused(self, delay: float) -> None:
         """Tell of a pause for the rate limit, once for all jobs."""
         self.waiting_until = self.clock() + delay
-        self.note(
-            f"rate limit: all jobs wait {delay:.1f} s, then go on at the pace that is accepted"
-        )
+        then = "then go on at the pace that is accepted"
+        self.note(f"rate limit: all jobs wait {delay:.1f} s, {then}")
 
     def clear(self) -> None:
         """Take the status line off the terminal."""
@@ -2807,12 +2803,12 @@ def contact_sheet(outcomes: Sequence[Outcome], suffix_format: str) -> bytes:
     return buffer.getvalue()
 
 
-def write_contact_sheet(planned: Output, outcomes: Sequence[Outcome], report: Report) -> None:
+def write_contact_sheet(output: Output, outcomes: Sequence[Outcome], report: Report) -> None:
     """Write the contact sheet; without it the run has failed."""
-    name = planned.path
+    name = output.path
     try:
         sheet = contact_sheet(outcomes, name_format(name) or DEFAULT_FORMAT)
-        name = write_file(name, sheet, replace=planned.replace)
+        name = write_file(name, sheet, replace=output.replace)
     except (OSError, ValueError, MemoryError) as error:
         report.incomplete = True
         report.error(f"--contact-sheet {name}: {one_line(error)}")
@@ -2836,12 +2832,7 @@ def write_contact_sheet(planned: Output, outcomes: Sequence[Outcome], report: Re
 class Run:
     """What the jobs of a run share."""
 
-    def __init__(
-        self,
-        report: Report,
-        savers: futures.ThreadPoolExecutor,
-        copiers: futures.ThreadPoolExecutor,
-    ) -> None:
+    def __init__(self, report: Report, savers: futures.Executor, copiers: futures.Executor) -> None:
         self.options = options = report.options
         self.report = report
         self.savers, self.copiers = savers, copiers
@@ -2873,7 +2864,7 @@ class Run:
         """Stop the run if this failure of a job asks for it."""
         if failure.kind == "write":  # images that cannot be saved should not be bought
             self.halt.stop_all(failure)
-        elif self.options.fail_fast:
+        elif self.options.fail_fast and not self.options.batch_api:
             reason = f"--fail-fast, {job.where}{failure.message}"
             self.halt.stop_all(Failure("fail_fast", reason, retryable=True))
 
@@ -2929,11 +2920,9 @@ async def deliver(job: Job, run: Run, exchange: Exchange) -> Delivery:
     except JobError as error:
         return Delivery(failure=error.failure)
     except asyncio.CancelledError:  # by a second signal
-        dropped = Failure(
-            "interrupted", "dropped while in flight", retryable=True, maybe_billed=True
-        )
-        run.heed(job, dropped)
-        return Delivery(failure=dropped)
+        lost = Failure("interrupted", "dropped while in flight", retryable=True, maybe_billed=True)
+        run.heed(job, lost)
+        return Delivery(failure=lost)
     if delivery.failure is not None:
         run.heed(job, delivery.failure)
     elif not run.options.keep_partials:
@@ -2944,11 +2933,9 @@ async def deliver(job: Job, run: Run, exchange: Exchange) -> Delivery:
 
 def with_history(delivery: Delivery, exchange: Exchange) -> Delivery:
     """Add to what an answer has brought what went before it."""
-    warnings = delivery.warnings
-    if exchange.maybe_billed:
-        warnings += ("an earlier attempt may have been billed without an image",)
+    doubt = "an earlier attempt may have been billed without an image"
     return delivery._replace(
-        warnings=warnings,
+        warnings=(*delivery.warnings, doubt) if exchange.maybe_billed else delivery.warnings,
         drafts=tuple(exchange.drafts),
         maybe_billed=exchange.maybe_billed,
         attempts=exchange.patience.attempts,
@@ -2956,36 +2943,31 @@ def with_history(delivery: Delivery, exchange: Exchange) -> Delivery:
     )
 
 
-async def make_copies(
-    job: Job, delivery: Delivery, run: Run, images: Mapping[str, Saved]
-) -> tuple[list[Saved], Failure | None]:
+async def make_copies(job: Job, delivery: Delivery, came: Container[str], run: Run) -> Delivery:
     """Write the downscaled copies that are not there yet; a failure keeps the originals."""
     loop = asyncio.get_running_loop()
-    max_dim = run.options.downscale_max_dim
+    max_dim, failure = run.options.downscale_max_dim, delivery.failure
     copies: list[Saved] = []
-    failure: Failure | None = None
     for output in job.outputs:
-        image = images.get(output.path)
+        image = delivery.images.get(output.path)
         if image is None or output.copy is None or max_dim is None or run.aborted:
             continue
-        remake = output.path in delivery.images and not output.collected
+        remake = output.path in came and not output.collected
         write = functools.partial(save_copy, image, output, max_dim, remake=remake)
         try:
             copies += filter(None, [await loop.run_in_executor(run.copiers, write)])
         except JobError as error:
+            run.heed(job, error.failure)
             failure = failure or error.failure
-    return copies, failure
+    return delivery._replace(copies=tuple(copies), failure=failure)
 
 
 async def conclude(job: Job, delivery: Delivery, run: Run) -> Outcome:
     """Make the copies of a job whose images are on disk, and return its outcome."""
-    images = images_on_disk(job, delivery.images)
-    copies, copy_failure = await make_copies(job, delivery, run, images)
-    if copy_failure is not None:
-        run.heed(job, copy_failure)
-    came = bool(delivery.images)
-    delivery = delivery._replace(images=images, copies=tuple(copies))
-    failure = delivery.failure or copy_failure
+    came = delivery.images
+    on_disk = delivery._replace(images=images_on_disk(job, came))
+    delivery = await make_copies(job, on_disk, came, run)
+    failure = delivery.failure
     if failure is None:
         return Done(job, delivery) if came else Skipped(job, delivery)
     failure = failure._replace(maybe_billed=failure.maybe_billed or delivery.maybe_billed)
@@ -3074,8 +3056,8 @@ async def run_jobs(plan: Plan, report: Report) -> list[Outcome]:
 # It is left by looking for the batch in the list of all, by run and shard in its metadata, and only
 # if it is not there by asking once more.
 #
-# The run itself is planned once its shards are chosen, for which its input images have to be
-# uploaded, and finished when every shard is SETTLED or DROPPED.
+# The shards of a run are chosen once its input images are uploaded; it is finished when each is
+# SETTLED or DROPPED.
 
 STATE_NAME = ".image_gen-batch.json"
 STATE_VERSION = 1
@@ -3086,6 +3068,8 @@ MAX_POLL_SECONDS = 60.0
 ENDED = ("completed", "failed", "expired", "cancelled")
 RUN_KEY, SHARD_KEY = "image_gen_run", "image_gen_shard"  # of a batch's metadata
 LIST_MARGIN_SECONDS = 3600  # clocks differ
+# What proves that no batch was created; any other error leaves it in doubt.
+REFUSED = ("wait", "fail", "stop model", "stop run")
 LINES_AT_ONCE = 4  # a line holds all images of a job, so this bounds the memory
 # What a batch says of a request or of itself, and that may go well at another time.
 PASSING_CODES = ("batch_expired", "batch_cancelled", "token_limit_exceeded")
@@ -3141,7 +3125,7 @@ class Shard:
 
     @property
     def content(self) -> dict[str, Any]:
-        """The shard as it stands in the state file."""
+        """The shard as it stands in the state file, which keeps the fields of its first version."""
         return {
             "numbers": self.numbers,
             "endpoint": self.endpoint,
@@ -3164,7 +3148,7 @@ class Submission:
         self.variants = {int(number): list(these) for number, these in content["variants"].items()}
         self.uploads: dict[str, str] = dict(content["uploads"])  # file ids by sha256
         self.shards = [Shard.read(*numbered) for numbered in enumerate(content["shards"])]
-        self.planned: bool = content["planned"]
+        self.sharded: bool = content["planned"]
         self.force: bool = content["force"]
         # What it does about files that are there; its own images are no obstacle to its going on.
         self.existing: Existing = "replace" if self.force else "keep"
@@ -3172,7 +3156,7 @@ class Submission:
 
     def are_all(self, *stages: Stage) -> bool:
         """Tell whether the shards are chosen, and have got so far."""
-        return self.planned and all(shard.stage in stages for shard in self.shards)
+        return self.sharded and all(shard.stage in stages for shard in self.shards)
 
     @property
     def submitted(self) -> bool:
@@ -3199,7 +3183,7 @@ class Submission:
             "variants": self.variants,
             "uploads": self.uploads,
             "shards": [shard.content for shard in self.shards],
-            "planned": self.planned,
+            "planned": self.sharded,
             "force": self.force,
         }
         write_file(self.path, json.dumps(content).encode(), replace=True, sync=True)
@@ -3284,11 +3268,11 @@ def changed_jobs(submission: Submission, jobs: Sequence[Job]) -> str:
     return f"{counted(len(changed), 'job')} changed, first that of {changed[0].where.strip(': ')}"
 
 
-def open_submission(jobs: Sequence[Job], options: RunOptions) -> Submission:
+def open_submission(jobs: Sequence[Job] | None, options: RunOptions) -> Submission:
     """Return the run of a folder that goes on, if the jobs are its own, or a new one.
 
     A run goes on until it is finished; after that its command finds it finished, unless it asks for
-    a new one by --force or --skip-existing.
+    a new one by --force or --skip-existing. Jobs that could not be read (None) are not compared.
     """
     folder = options.out_dir or "."
     former = load_submission(folder)
@@ -3296,7 +3280,7 @@ def open_submission(jobs: Sequence[Job], options: RunOptions) -> Submission:
         raise UsageError(f"--cancel: {folder} has nothing submitted that is not collected")
     if former is None:
         return new_submission(folder, None, options)
-    changed = changed_jobs(former, jobs)
+    changed = "" if jobs is None else changed_jobs(former, jobs)
     again = options.force or options.skip_existing
     if (former.finished and (changed or again)) or (former.unasked and changed):
         return new_submission(folder, former, options)
@@ -3317,7 +3301,7 @@ def begin(submission: Submission, jobs: Sequence[Job]) -> None:
         if job.missing
     }
     submission.digests = job_digests(jobs)
-    submission.planned = not submission.variants
+    submission.sharded = not submission.variants
     if submission.variants:
         submission.save()
 
@@ -3448,20 +3432,18 @@ class BatchClient:
         found = {}
         for number in shard.numbers:
             job = self.jobs[number]
-            outputs = tuple(
-                job.outputs[variant]._replace(collected=True)
-                for variant in self.submission.variants[number]
-            )
-            found[f"job-{number}"] = job._replace(missing=outputs)
+            outputs = tuple(output._replace(collected=True) for output in job.outputs)
+            missing = tuple(outputs[variant] for variant in self.submission.variants[number])
+            found[f"job-{number}"] = job._replace(outputs=outputs, missing=missing)
         return found
 
     async def submit(self) -> None:
         """Create the batches that do not exist yet; a refused one does not stop the others."""
         submission = self.submission
-        if not submission.planned:
+        if not submission.sharded:
             jobs = [self.jobs[number] for number in submission.variants]
             submission.shards = plan_shards(jobs, await self.upload_inputs(jobs))
-            submission.planned = True
+            submission.sharded = True
             submission.save()
         for shard in submission.shards:
             try:
@@ -3470,8 +3452,10 @@ class BatchClient:
                 if shard.stage in (Stage.UPLOADED, Stage.CREATING):
                     await self.create(shard)
             except JobError as error:
-                shard.refusal = error.failure
-                if error.action == "stop run":
+                stops = error.action == "stop run"
+                for refused in submission.shards[shard.index :] if stops else [shard]:
+                    refused.refusal = error.failure
+                if stops:
                     return
 
     async def upload_inputs(self, jobs: Iterable[Job]) -> dict[str, str]:
@@ -3531,7 +3515,7 @@ class BatchClient:
                     metadata={RUN_KEY: self.submission.id, SHARD_KEY: str(shard.index)},
                 )
             except api_errors() as error:
-                if judge_call(error).action != "retry":  # it was refused, so there is no batch
+                if judge_call(error).action in REFUSED:
                     advance(shard, Stage.UPLOADED)
                 await self.wait(patience, error)
             else:
@@ -3542,12 +3526,12 @@ class BatchClient:
 
     async def find(self, shard: Shard) -> bool:
         """Look for a batch whose creation was not answered, by its metadata."""
-        run, index = self.submission.id, str(shard.index)
+        wanted = self.submission.id, str(shard.index)
 
         async def search() -> str | None:
             async for batch in self.api.batches.list(limit=100):
                 metadata = batch.metadata or {}
-                if (metadata.get(RUN_KEY), metadata.get(SHARD_KEY)) == (run, index):
+                if (metadata.get(RUN_KEY), metadata.get(SHARD_KEY)) == wanted:
                     return batch.id
                 if batch.created_at < self.submission.started - LIST_MARGIN_SECONDS:
                     return None
@@ -3559,8 +3543,8 @@ class BatchClient:
         return shard.batch_id is not None
 
     async def cancel(self) -> None:
-        """Cancel what is not settled; what was never created is settled by that."""
-        self.submission.planned = True
+        """Cancel the batches that are not settled, and drop the shards that have none."""
+        self.submission.sharded = True
         for shard in self.submission.shards:
             if shard.stage is Stage.CREATING:
                 await self.find(shard)
@@ -3581,14 +3565,9 @@ class BatchClient:
         else:
             self.run.report.note(f"batch {batch_id}: cancelling")
 
-    async def look(self, shard: Shard, silence: Patience) -> openai.types.Batch | None:
-        """Return how a batch stands; None if that cannot be told just now."""
-        silence.begin()
-        try:
-            batch = await self.api.batches.retrieve(shard.batch_id or "")
-        except api_errors() as error:
-            await self.wait(silence, error)
-            return None
+    async def look(self, shard: Shard) -> openai.types.Batch:
+        """Return how a batch stands, and tell it when that has changed."""
+        batch = await self.api.batches.retrieve(shard.batch_id or "")
         done = batch.request_counts
         counts = f", {done.completed}/{done.total} done, {done.failed} failed" if done else ""
         line = f"batch {batch.id}: {batch.status}{counts}"
@@ -3597,64 +3576,82 @@ class BatchClient:
             self.run.report.note(line)
         return batch
 
+    async def poll(self, shard: Shard, silence: Patience) -> openai.types.Batch | None:
+        """Return how a batch stands; None if that cannot be told just now."""
+        if self.run.options.no_wait:
+            return await self.call(functools.partial(self.look, shard))
+        try:
+            return await self.look(shard)
+        except api_errors() as error:
+            verdict = judge_call(error)
+            silence.after(verdict)
+            self.run.report.note(f"{verdict.failure.message}; the batches go on")
+            return None
+
     async def collect(self) -> None:
         """Poll until all batches have ended, and collect each as it ends."""
         options, delay = self.run.options, 0.0
-        # Whoever waits is not put off by failing polls, but by silence for --max-wait.
-        silence = Patience(options, endless=not options.no_wait)
-        waiting = [shard for shard in self.submission.shards if shard.stage is Stage.CREATED]
-        while waiting:
+        silence = Patience(options, endless=True)  # whoever waits is put off by time alone
+        left = [shard for shard in self.submission.shards if shard.stage is Stage.CREATED]
+        while left:
             await self.run.halt.sleep(delay)
             delay = min(MAX_POLL_SECONDS, max(POLL_SECONDS, delay * 1.5))
-            for shard in list(waiting):
+            for shard in list(left):
                 self.run.halt.check()
                 try:
-                    batch = await self.look(shard, silence)
+                    batch = await self.poll(shard, silence)
                 except JobError as error:
-                    if error.action == "stop run" or not (
-                        error.action == "fail" or options.no_wait
-                    ):
+                    if error.action == "stop run":
                         raise
-                    waiting.remove(shard)
-                    await self.give_up(error.failure, self.asked(shard))
-                    batch = None
+                    left.remove(shard)
+                    await self.fail_all(self.asked(shard), error)
+                    continue
                 if batch is None:
                     continue
-                silence = Patience(options, endless=not options.no_wait)
+                silence = Patience(options, endless=True)
                 if batch.status in ENDED:
                     await self.collect_shard(shard, batch)
                 if batch.status in ENDED or options.no_wait:
-                    waiting.remove(shard)
+                    left.remove(shard)
+            if silence.last:  # nobody has answered since
+                silence.spend(delay)
 
     async def collect_shard(self, shard: Shard, batch: openai.types.Batch) -> None:
         """Save all results of a batch that has ended, and name the jobs without one."""
-        waiting = self.asked(shard)
-        known = frozenset(waiting)
+        unanswered = self.asked(shard)
+        known = frozenset(unanswered)
         whole = True
         try:
             for file_id in filter(None, (batch.output_file_id, batch.error_file_id)):
-                whole &= await self.collect_file(file_id, waiting, known)
+                whole &= await self.collect_file(file_id, unanswered, known)
         except JobError as error:
-            await self.give_up(error.failure, waiting)
+            await self.fail_all(unanswered, error)
             return
-        if whole and (batch.status != "completed" or not waiting):
+        if whole and (batch.status != "completed" or not unanswered):
             self.submission.advance(shard, Stage.SETTLED)
         failures = self.failures_without_result(shard, batch)
-        for job in waiting.values():
+        for job in unanswered.values():
             await self.conclude(job, Delivery(failure=failures[job.number]))
 
     async def collect_file(
-        self, file_id: str, waiting: dict[str, Job], known: Container[str]
+        self, file_id: str, unanswered: dict[str, Job], known: Container[str]
     ) -> bool:
         """Save the results of a file; tell whether all of it could be read and written."""
-        whole = True
         with tempfile.TemporaryFile(dir=self.folder) as file:
             await self.download(file_id, cast("BinaryIO", file))
             lines = filter(bytes.strip, file)
-            while handful := list(islice(lines, LINES_AT_ONCE)):
-                self.run.halt.check()
-                collected = (self.collect_line(line, waiting, known) for line in handful)
-                whole &= all(await asyncio.gather(*collected))
+
+            async def collect_lines() -> bool:
+                whole = True
+                for line in lines:  # each of the workers takes the next
+                    whole &= await self.collect_line(line, unanswered, known)
+                    if self.run.halt.reason:
+                        break
+                return whole
+
+            workers = [collect_lines() for _ in range(LINES_AT_ONCE)]
+            whole = all(await asyncio.gather(*workers))
+        self.run.halt.check()
         return whole
 
     async def download(self, file_id: str, file: BinaryIO) -> None:
@@ -3672,19 +3669,20 @@ class BatchClient:
         file.seek(0)
 
     async def collect_line(
-        self, line: bytes, waiting: dict[str, Job], known: Container[str]
+        self, line: bytes, unanswered: dict[str, Job], known: Container[str]
     ) -> bool:
         """Save the images of a line and their copies; tell whether nothing of it is left behind."""
         try:
-            found = await self.run.in_saver(read_result, line, waiting, known, self.folder)
+            found = await self.run.in_saver(read_result, line, unanswered, known, self.folder)
+            return found is None or await self.conclude_result(*found)
         except (ValueError, RecursionError):
             return False
         except Exception:  # noqa: BLE001 - a bug must not take the other jobs' results along
             traceback.print_exc()
             return False
-        if found is None:
-            return True
-        custom_id, job, delivery = found
+
+    async def conclude_result(self, custom_id: str, job: Job | None, delivery: Delivery) -> bool:
+        """Report what a line has brought; tell whether nothing of it is left behind."""
         if job is None:
             kept = listing(image.path for image in delivery.images.values())
             self.run.report.warn(
@@ -3703,13 +3701,11 @@ class BatchClient:
     ) -> dict[int, Failure]:
         """Say for each job why the files of its batch have no line for it, should that be so."""
         if batch.status == "completed":
-            lost = Failure(
-                "bad_answer",
+            message = (
                 f"batch {batch.id} has no result for this job; repeat the command to fetch it once "
-                f"more, or delete {self.submission.path} and submit it anew with --skip-existing",
-                retryable=True,
-                maybe_billed=True,
+                f"more, or delete {self.submission.path} and submit it anew with --skip-existing"
             )
+            lost = Failure("bad_answer", message, retryable=True, maybe_billed=True)
             return dict.fromkeys(shard.numbers, lost)
         status = f"batch_{batch.status}"
         own: dict[int, tuple[str, str | None]] = {}  # what is said of a line, and its code
@@ -3731,10 +3727,11 @@ class BatchClient:
             failures[number] = Failure(status, message, code or status, retryable=passing)
         return failures
 
-    async def give_up(self, failure: Failure, jobs: Mapping[str, Job]) -> None:
+    async def fail_all(self, jobs: Mapping[str, Job], error: JobError) -> None:
         """Fail the jobs of a batch that the API does not give out; the others go on."""
         way_on = f"; if it stays so, delete {self.submission.path} and repeat with --skip-existing"
-        failure = failure._replace(message=failure.message + way_on, maybe_billed=True)
+        message = error.failure.message + way_on
+        failure = error.failure._replace(message=message, maybe_billed=True)
         for job in jobs.values():
             await self.conclude(job, Delivery(failure=failure))
 
@@ -3766,9 +3763,14 @@ class BatchClient:
             message = f"batch {batch_id} is collected; its image is not on disk"
             return job, Delivery(failure=Failure("batch_ended", message))
         if batch_id:
-            halted = Failure("submitted", f"in batch {batch_id}", retryable=True)
-        cancelled = Failure("cancelled", "cancelled before it was submitted", retryable=True)
-        return job, Delivery(failure=halted or cancelled, held_back=True)
+            reason = Failure("submitted", f"in batch {batch_id}", retryable=True)
+        elif stage is Stage.DROPPED:
+            message = "cancelled before it was submitted"
+            reason = Failure("cancelled", message, retryable=True)
+        else:
+            message = "it was not submitted, for its image was there then"
+            reason = halted or Failure("batch_ended", message, retryable=True)
+        return job, Delivery(failure=reason, held_back=True)
 
 
 async def run_batches(plan: Plan, submission: Submission, report: Report) -> list[Outcome]:
@@ -3778,9 +3780,8 @@ async def run_batches(plan: Plan, submission: Submission, report: Report) -> lis
         if submission.is_new:
             begin(submission, plan.jobs)
     except OSError as error:
-        folder = os.path.dirname(submission.path)
-        problem = f"the state of the run cannot be written to {folder}: {one_line(error)}"
-        raise UsageError(problem) from None
+        problem = f"the state of the run cannot be written to {options.out_dir}"
+        raise UsageError(f"{problem}: {one_line(error)}") from None
     async with running(report) as run:
         run.sending.add(asyncio.current_task())  # a second signal ends it at once
         client = BatchClient(run, submission, plan.jobs)
@@ -3852,8 +3853,8 @@ def run_command(arguments: Arguments) -> int:
     with ExitStack() as stack:
         if options.batch_api and not options.dry_run:
             stack.enter_context(locked(options.out_dir or "."))
-        if options.batch_api and not problems:
-            submission = open_submission(jobs, options)
+        if options.batch_api:
+            submission = open_submission(None if problems else jobs, options)
         existing = submission.existing if submission else options.existing
         sheet = options.contact_sheet
         plan = Plan(

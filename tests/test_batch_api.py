@@ -30,7 +30,7 @@ from images_api import (
     token_limit_exceeded,
     unauthorized,
 )
-from inputs import FLARE, Job, Json, mixed_jobs, picture
+from inputs import FLARE, OLDER, Job, Json, mixed_jobs, picture
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -613,6 +613,37 @@ def test_a_wait_outlives_a_server_that_is_away_for_some_polls(run: Run, api: Ima
     assert run(*queued(1)).exit_code == 0
 
 
+def test_a_wait_is_ended_by_a_silence_of_max_wait_and_the_same_command_collects(
+    run: Run, api: ImagesAPI
+) -> None:
+    away = True
+
+    async def reply(ordinary: Ordinary) -> Answer:
+        return await (server_error(503, headers=AT_ONCE) if away else ok())(ordinary)
+
+    api.script_route(POLL, reply, repeat=True)
+    result = run(*queued(2, "--max-wait", 0.2, "--json"))
+    assert (result.exit_code, live.outcomes(result)) == (1, ["skipped"] * 2)
+    assert "gave up, --max-wait is spent" in result.stderr
+    assert 3 < routes(api)[POLL] < 100
+    away = False
+    assert run(*queued(2)).exit_code == 0
+    assert (len(api.batches), made()) == (1, live.images(1, 2))
+
+
+def test_without_waiting_each_batch_is_asked_for_as_often_as_the_others(
+    run: Run, api: ImagesAPI
+) -> None:
+    models = [image_gen.DEFAULT_MODEL, FLARE, OLDER[-1]]
+    argv = queued([{"prompt": "a", "model": model} for model in models], "--json", "--no-wait")
+    assert run(*argv).exit_code == 3
+    api.script_route(POLL, *[server_error(503, headers=AT_ONCE)] * 8)
+    result = run(*argv, "--max-attempts", "3")
+    asked = Counter(request.path for request in api.requests if request.route == POLL)
+    assert sorted(asked.values()) == [4, 4, 4]
+    assert live.outcomes(result).count("failed") == 2
+
+
 # ------------------------------------------------------------------------------ how a batch can end
 
 
@@ -800,7 +831,60 @@ def test_what_a_file_that_stays_truncated_lacks_can_be_submitted_as_the_message_
     assert [len(each.lines) for each in api.batches] == [3, 1]
 
 
+def test_what_stops_the_account_is_said_of_every_job_that_it_keeps_from_being_submitted(
+    run: Run, api: ImagesAPI
+) -> None:
+    api.script_route(CREATE, unauthorized())
+    result = run(*queued(["a", {"prompt": "b", "model": FLARE}], "--json"))
+    assert result.exit_code == 1
+    assert {failure["kind"] for failure in failures(result).values()} == {"authentication"}
+    assert (routes(api)[CREATE], len(failures(result))) == (1, 2)
+
+
+def test_a_line_that_is_wrong_is_the_only_problem_of_a_folder_that_waits_to_be_collected(
+    run: Run, api: ImagesAPI
+) -> None:
+    api.plan_batch(BatchPlan(states=("in_progress", "completed"), output=cut_output))
+    assert run(*queued(3, "--no-wait")).exit_code == 3
+    assert run(*queued(3)).exit_code == 1
+    result = run(*queued(["job 1", {"prompt": "job 2", "siez": "auto"}, "job 3"]))
+    (problem,) = live.lines(result)
+    assert result.exit_code == 2
+    assert problem.startswith('line 2: unknown key "siez"')
+
+
 # ---------------------------------------------------------------------------------- nothing is lost
+
+
+def test_a_link_to_nowhere_under_the_name_of_an_image_is_kept_and_ours_saved_beside_it(
+    run: Run, api: ImagesAPI
+) -> None:
+    link = Path("out/001-job-1.png")
+    api.script_route(DOWNLOAD, before(lambda: link.symlink_to("nowhere")))
+    assert run(*queued(1)).exit_code == 0
+    assert link.is_symlink()
+    assert made() == ["001-job-1-alt-1.png", "001-job-1.png"]
+    assert live.size_of("out/001-job-1-alt-1.png") == (64, 64)
+
+
+def test_collecting_again_does_not_make_the_copies_again(run: Run, api: ImagesAPI) -> None:
+    api.plan_batch(BatchPlan(states=("in_progress", "completed"), output=cut_output))
+    argv = queued(3, "--downscale-max-dim", 32)
+    assert run(*argv, "--no-wait").exit_code == 3
+    assert run(*argv).exit_code == 1
+    (copy, *_) = Path("out").glob("*-web.png")
+    before = copy.stat().st_ino
+    assert run(*argv).exit_code == 1
+    assert copy.stat().st_ino == before
+
+
+def test_fail_fast_means_nothing_to_a_copy_that_cannot_be_made(run: Run, api: ImagesAPI) -> None:
+    api.script_route(DOWNLOAD, before(Path("out/001-job-1-web.png").mkdir))
+    flags = ("--skip-existing", "--fail-fast", "--downscale-max-dim", 32, "--json")
+    result = run(*queued(3, *flags))
+    assert sorted(live.outcomes(result)) == ["done", "done", "failed"]
+    assert failures(result)[1]["kind"] == "downscale"
+    assert len(made()) == 6
 
 
 def test_a_picture_that_someone_put_there_meanwhile_is_kept_and_ours_saved_beside_it(

@@ -8,6 +8,7 @@ import subprocess
 from typing import TYPE_CHECKING
 
 import dry
+import image_gen
 import pytest
 from cli import command, finished
 from image_gen import MAX_ATTEMPTS, MAX_CONCURRENCY, MAX_N
@@ -372,3 +373,15 @@ def test_a_refused_call_leaves_the_disk_as_it_was(run: Run) -> None:
     before = dry.files()
     dry.problem(run("generate", "--prompt", "x", "--out-dir", "new", "--n", "0", "--dry-run"))
     assert dry.files() == before
+
+
+def test_every_flag_has_a_field_that_takes_its_value() -> None:
+    fields = {
+        *image_gen.ImageRequest._fields,
+        *image_gen.RunOptions._fields,
+        *image_gen.PROMPT_FIELDS,
+        *image_gen.Arguments.__annotations__,
+        "augment",
+    }
+    groups = [group for command in image_gen.COMMANDS.values() for group in command.groups.values()]
+    assert {option.key for group in groups for option in group} <= fields

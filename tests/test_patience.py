@@ -43,7 +43,7 @@ def test_a_refusal_for_the_rate_uses_up_time_alone() -> None:
     assert (patience.attempts, patience.requests, patience.seconds) == (0, 3, 1.0)
     ended = ends(patience, BUSY)
     assert ended.failure.message == "gave up, --max-wait is spent: busy"
-    assert (ended.action, ended.failure.retryable) == ("retry", True)
+    assert (ended.action, ended.failure.retryable) == ("fail", True)
 
 
 def test_what_is_hopeless_ends_at_once_and_says_what_it_means_for_others() -> None:
@@ -59,7 +59,9 @@ def test_an_endless_one_is_ended_by_time_alone() -> None:
 
 
 def test_one_that_is_spent_before_anything_was_answered_names_the_rate_limit() -> None:
-    assert Patience(OPTIONS).gave_up().failure.kind == "rate_limit"
+    with pytest.raises(JobError) as caught:
+        Patience(OPTIONS).allow(10.5)
+    assert caught.value.failure.kind == "rate_limit"
 
 
 def test_thousands_of_requests_wait_no_longer_than_the_longest_wait(
