@@ -3205,7 +3205,7 @@ def load_submission(folder: str) -> Submission | None:
         if content["version"] != STATE_VERSION:
             raise UsageError(f"{name} was written by another version of this program")
         return Submission(folder, content)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{name} cannot be read ({one_line(error)}); move it away") from None
@@ -3757,7 +3757,7 @@ class BatchClient:
         collected = stage is Stage.SETTLED
         if not job.missing or (collected and all(saved_file(item.path) for item in job.outputs)):
             return job._replace(missing=()), Delivery()
-        if shard and shard.refusal:
+        if shard and shard.refusal and not batch_id:
             return job, Delivery(failure=shard.refusal)
         if collected:
             message = f"batch {batch_id} is collected; its image is not on disk"
@@ -3868,7 +3868,7 @@ def run_command(arguments: Arguments) -> int:
             report.warn(warning)
         if options.dry_run:
             print_dry_run(plan, report)
-            return 0
+            return report.exit_code
         return run_plan(plan, submission, report)
 
 
