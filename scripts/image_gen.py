@@ -18,7 +18,7 @@ exit codes:
 
 The file, from top to bottom; a section uses only what stands above it:
 
-    1  limits, formats, model families     a new model, format or limit is a row of a table
+    1  limits, formats, model families     a new model, format, limit or prompt field is a row here
     2  words and failures                  how values are quoted; what is raised
     3  records                             what one section hands to the next
     4  command line                        a new flag or JSONL key is a row here, and a field in 3
@@ -33,7 +33,8 @@ The file, from top to bottom; a section uses only what stands above it:
    13  report                              what is printed, and the exit code
    13a contact sheet
    14  run                                 from a job to its outcome, many at once
-   15  run, through the Batch API          a new state of a batch is a Stage, with its STEPS
+   15  run, through the Batch API          a new stage of a shard is a Stage, with its STEPS; an
+                                           error code that may pass, one of PASSING_CODES
    16  main
 """
 # /// script

@@ -65,19 +65,28 @@ def rank(name: str, line: int) -> int:
     return sum(section.line <= line for section in sections(name))
 
 
+def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """What runs when the file is loaded: also what stands below an if, a try, a with or a for."""
+    for statement in body:
+        yield statement
+        if isinstance(statement, COMPOUND):
+            inner = [part for part in ast.iter_child_nodes(statement) if isinstance(part, ast.stmt)]
+            yield from statements(inner)
+
+
 def definitions(name: str) -> dict[str, int]:
-    """The names that the script defines at its top level, with the ranks of their sections."""
+    """The names that the script binds at its top level, with the ranks of their sections.
+
+    A name that is bound twice counts where it has its last value.
+    """
     found: dict[str, int] = {}
-    for statement in tree(name).body:
+    for statement in statements(tree(name).body):
         if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            defined = [statement.name]
-        elif isinstance(statement, (ast.Assign, ast.AnnAssign)):
-            targets = getattr(statement, "targets", None) or [getattr(statement, "target", None)]
-            defined = [word for target in targets for word, _ in words(target)]
+            found[statement.name] = rank(name, statement.lineno)
         else:
-            defined = []
-        for word in defined:
-            found.setdefault(word, rank(name, statement.lineno))
+            targets = getattr(statement, "targets", None) or [getattr(statement, "target", None)]
+            for target in targets:
+                found |= {word: rank(name, line) for word, line in words(target or ast.Pass())}
     return found
 
 
@@ -98,7 +107,7 @@ def uses(name: str) -> Iterator[tuple[str, int]]:
     for node in ast.walk(tree(name)):
         for annotation in (getattr(node, "returns", None), getattr(node, "annotation", None)):
             yield from words(annotation or ast.Pass())
-    for statement in tree(name).body:
+    for statement in statements(tree(name).body):
         if isinstance(statement, (ast.Assign, ast.AnnAssign)):
             yield from words(statement.value or ast.Pass())
 
@@ -127,6 +136,8 @@ def test_the_map_in_the_docstring_lists_the_banners_of_the_file(name: str) -> No
         (*section.number, section.title[0].lower() + section.title[1:])
         for section in sections(name)
     ]
+    ruled = re.findall(r"^# ?(?:[─=]|--+ ).*$", source(name), re.MULTILINE)
+    assert len(ruled) == len(sections(name)), "a banner is numbered, and of one form"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -148,13 +159,12 @@ def test_a_section_uses_only_what_stands_above_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_functions_are_short_and_shallow_and_take_few_parameters(name: str) -> None:
-    too_much = [
-        f"{function.name}: {lines} lines, {parameters(function)} parameters, {depth} deep"
-        for function in functions(name)
-        if (lines := (function.end_lineno or 0) - function.lineno + 1) > MOST_LINES
-        or parameters(function) > MOST_PARAMETERS
-        or (depth := nesting(function)) > MOST_NESTING
-    ]
+    too_much = []
+    for function in functions(name):
+        lines = (function.end_lineno or 0) - function.lineno + 1
+        taken, depth = parameters(function), nesting(function)
+        if lines > MOST_LINES or taken > MOST_PARAMETERS or depth > MOST_NESTING:
+            too_much.append(f"{function.name}: {lines} lines, {taken} parameters, {depth} deep")
     assert not too_much
 
 
