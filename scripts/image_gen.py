@@ -54,13 +54,18 @@ import re
 import sys
 import time
 import unicodedata
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
-from datetime import UTC, date, datetime
+from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
+from datetime import date, datetime, timezone
 from enum import Enum
 from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 __version__ = "0.2.0"
+
+if sys.version_info < (3, 11):  # noqa: UP036 - all that stands above is read by 3.8, too
+    running = "Error: image_gen.py needs Python 3.11 or newer; {} is {}.{}.{}\n"
+    sys.stderr.write(running.format(sys.executable or "this", *sys.version_info[:3]))
+    raise SystemExit(2)
 
 
 class Lazy:
@@ -84,9 +89,15 @@ if TYPE_CHECKING:
     import fcntl
     import filecmp
     import hashlib
+    import html
+    import ipaddress
+    import logging
     import random
+    import resource
     import signal
+    import stat
     import tempfile
+    import threading
     import traceback
     from collections.abc import (
         AsyncIterator,
@@ -100,6 +111,7 @@ if TYPE_CHECKING:
     )
     from concurrent import futures
     from email import utils as email_utils
+    from importlib import metadata
     from importlib import util as importlib_util
     from typing import BinaryIO, Literal, NoReturn, TypeAlias, TypeVar
     from urllib import parse as urls
@@ -107,20 +119,31 @@ if TYPE_CHECKING:
     import httpx2
     import jiter
     import openai
-    from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
+    from PIL import (
+        ExifTags,
+        Image,
+        ImageDraw,
+        ImageFont,
+        ImageOps,
+        ImageSequence,
+        PngImagePlugin,
+    )
 
     Existing: TypeAlias = Literal["refuse", "keep", "replace"]
     Action: TypeAlias = Literal["retry", "wait", "fail", "stop model", "stop run"]
-    OnDraft: TypeAlias = Callable[[str], Awaitable[None]]
+    OnDraft: TypeAlias = Callable[[object], Awaitable[None]]
     T = TypeVar("T")
 else:
     asyncio, binascii, difflib, fcntl = map(Lazy, ("asyncio", "binascii", "difflib", "fcntl"))
-    filecmp, hashlib, httpx2, jiter = map(Lazy, ("filecmp", "hashlib", "httpx2", "jiter"))
-    openai, random, signal, tempfile = map(Lazy, ("openai", "random", "signal", "tempfile"))
-    email_utils, futures = map(Lazy, ("email.utils", "concurrent.futures"))
-    importlib_util, traceback, urls = map(Lazy, ("importlib.util", "traceback", "urllib.parse"))
-    Image, ImageDraw, ImageFont = map(Lazy, ("PIL.Image", "PIL.ImageDraw", "PIL.ImageFont"))
-    ImageOps, ImageSequence = map(Lazy, ("PIL.ImageOps", "PIL.ImageSequence"))
+    filecmp, hashlib, html, httpx2 = map(Lazy, ("filecmp", "hashlib", "html", "httpx2"))
+    ipaddress, jiter, logging, openai = map(Lazy, ("ipaddress", "jiter", "logging", "openai"))
+    random, resource, signal, tempfile = map(Lazy, ("random", "resource", "signal", "tempfile"))
+    traceback, email_utils, urls = map(Lazy, ("traceback", "email.utils", "urllib.parse"))
+    futures, importlib_util = map(Lazy, ("concurrent.futures", "importlib.util"))
+    metadata, stat, threading = map(Lazy, ("importlib.metadata", "stat", "threading"))
+    ExifTags, Image, ImageDraw = map(Lazy, ("PIL.ExifTags", "PIL.Image", "PIL.ImageDraw"))
+    ImageFont, ImageOps = map(Lazy, ("PIL.ImageFont", "PIL.ImageOps"))
+    ImageSequence, PngImagePlugin = map(Lazy, ("PIL.ImageSequence", "PIL.PngImagePlugin"))
 
 # The records are named tuples: importing dataclasses alone would double the time of a dry run.
 
@@ -139,17 +162,28 @@ MAX_IMAGES = 16
 MAX_IMAGE_BYTES = 50 * 1024 * 1024
 MAX_MASK_BYTES = 4 * 1024 * 1024  # the SDK's figure; the API may take more, so it is a warning
 MAX_JOBS = 500
+OLDEST = {"openai": "3.54", "pillow": "11.0"}  # versions; as in the block of the dependencies
 MAX_BATCH_API_JOBS = 50_000
 MAX_CONCURRENCY = 25
 MAX_ATTEMPTS = 10
 MAX_NAME_BYTES = 255
 MAX_PATH_BYTES = 4095
+LONGEST_ADDITION = len("-alt-9999.damaged")  # to the name of an image; a long one is cut for it
+WINDOWS_CHARACTERS = '< > : " | ? *'
+WINDOWS_REFUSES = re.compile(
+    r'[<>:"|?*\x00-\x1f]|[ .]$|^(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?$', re.IGNORECASE
+)
 MIN_SECRET = 8  # characters; a shorter key is a stand-in, and may be part of any word
+MAX_ANSWER_BYTES = 64 * 1024 * 1024  # for each image, unpacked; raw 4K pixels are half of it
+MAX_ERROR_BYTES = 1024 * 1024
+MAX_REDIRECTS = 3  # of a GET for an image that an answer names
 MAX_DIGITS = 18
 MAX_COPY_PIXELS = 64_000_000  # eight times the largest image the API makes
 COPY_QUALITY = 90  # of downscaled JPEG and WebP
 COPY_LEVEL = 4  # zlib's, of downscaled PNG: a photograph in half the time of level 6, as small
 MAX_SHEET_IMAGES = 5_000
+# In the metadata of copies and contact sheets (Software): they may be made anew.
+DERIVED_MARK = b"image_gen.py (derived)"
 
 # Free sizes, from the guide of gpt-image-2 (the SDK's types repeat it for 2.5).
 EDGE_STEP = 16
@@ -266,7 +300,8 @@ def days_left(family: ModelFamily) -> float:
     """Return how many days a family's models are still served; negative when it is over."""
     if not family.shut_down:
         return float("inf")
-    return (date.fromisoformat(family.shut_down) - datetime.now(UTC).date()).days
+    today = datetime.now(timezone.utc).date()  # noqa: UP017 - Python 3.8 has no other name for it
+    return (date.fromisoformat(family.shut_down) - today).days
 
 
 def models_with(able: Callable[[ModelFamily], bool]) -> str:
@@ -287,15 +322,29 @@ def name_format(name: str | None) -> str | None:
 # ── 2 · Words and failures ────────────────────────────────────────────────────────────────────────
 
 
+def redacted(text: str) -> str:
+    """Return a text without the key, and without any part of it that is long enough to tell."""
+    secret = os.environ.get("OPENAI_API_KEY", "").strip()
+    for start in range(len(secret) - MIN_SECRET + 1):
+        end = start + MIN_SECRET
+        while secret[start:end] in text:
+            while end < len(secret) and secret[start : end + 1] in text:
+                end += 1
+            text = text.replace(secret[start:end], "[key]")
+            end = start + MIN_SECRET
+    return text
+
+
 def received(value: object) -> str:
     """Return a value as an error message quotes it: as JSON, and short."""
-    quoted = json.dumps(value, ensure_ascii=False, default=str)
+    quoted = redacted(json.dumps(value, ensure_ascii=False, default=str))
     return quoted if len(quoted) <= 80 else f"{quoted[:60]}… ({len(quoted):,} characters)"
 
 
 def one_line(message: object) -> str:
     """Return a message of the other side so that it can stand in one line of ours."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in str(message)).split())
+    text = redacted(str(message)[:MAX_ERROR_BYTES])
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= 600 else line[:600] + "…"
 
 
@@ -326,6 +375,12 @@ def at_line(number: int) -> str:
 def mapping(value: object) -> dict[str, Any]:
     """Return an object of the other side's JSON, an empty one where something else stands."""
     return value if isinstance(value, dict) else {}
+
+
+def strict(value: object) -> Any:  # noqa: ANN401 - as JSON has them
+    """Return a value of the other side as every reader of JSON takes it: without NaN and halves."""
+    text = json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
+    return json.loads(text, parse_constant=lambda _: None)
 
 
 class ImageGenError(Exception):
@@ -472,8 +527,9 @@ class Output(NamedTuple):
     path: str
     copy: str | None = None
     drafts: tuple[str, ...] = ()
-    replace: bool = False  # a file that stands under the name
-    replace_copy: bool = False  # the same for copy and drafts
+    replace: bool = False  # whatever stands under the name
+    mend: bool = False  # an empty or cut-off file under the name, if it still is
+    replace_copy: bool = False  # whatever stands under the copy's name
     collected: bool = False  # it may have been written before, from the same answer
 
 
@@ -505,11 +561,12 @@ class Plan(NamedTuple):
     jobs: tuple[Job, ...]
     problems: tuple[tuple[int, str], ...] = ()  # of reading them, by line
     sheet: Output | None = None  # the contact sheet
+    existing: Existing = "refuse"  # what is done about files that are there
     submitted: bool = False  # the Batch API has all of it: nothing is to be sent, inputs included
 
 
 class Picture(NamedTuple):
-    """What the head and the tail of an image file say."""
+    """What the bytes of an image file say, from its head to its end."""
 
     format: str
     width: int
@@ -517,6 +574,8 @@ class Picture(NamedTuple):
     alpha: bool
     whole: bool
     turned: bool = False  # a photograph stored on its side
+    tail: int = 0  # bytes behind its end
+    active: bool = False  # an SVG that runs or loads something
 
     @property
     def size(self) -> str:
@@ -906,6 +965,15 @@ class Parser(argparse.ArgumentParser):
         settings |= {"formatter_class": formatter, "argument_default": argparse.SUPPRESS}
         super().__init__(allow_abbrev=False, **settings)
 
+    def _print_message(self, message: str, file: Any = None) -> None:  # noqa: ANN401
+        """Print a page of help; where stdout takes no more, say so instead of a traceback."""
+        try:
+            print(message, end="", file=file, flush=True)
+        except OSError as error:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            if not isinstance(error, BrokenPipeError):  # a reader that has seen enough
+                raise UsageError(f"stdout takes no more: {error.strerror}") from None
+
     def error(self, message: str) -> NoReturn:
         """Raise instead of leaving the process."""
         if "expected one argument" in message:
@@ -1155,36 +1223,55 @@ def read_jobs(arguments: Arguments) -> tuple[list[Job], list[tuple[int, str]]]:
 big_endian = functools.partial(int.from_bytes, byteorder="big")  # PNG and JPEG
 little_endian = functools.partial(int.from_bytes, byteorder="little")  # WebP and GIF
 
+MAX_CHUNKS = 1_000_000  # of a PNG; one of 64 MB, written in pieces of 64 bytes, has as many
+MAX_SVG_HEAD = 64 * 1024
+JPEG_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
+SVG_BEGINS = (b"<svg", b"<?xml", b"<!--", b"<!DOCTYPE")
+# What a browser would run or load: elements, event handlers, references that leave the file.
+SVG_ACTIVE = re.compile(
+    rb"<(?:script|foreignobject|iframe)\b|\son[a-z]+\s*=|href\s*=\s*[\"'](?!#|data:image)",
+    re.IGNORECASE,
+)
 
-def png_has_transparency_chunk(file: BinaryIO) -> bool:
-    """Look for tRNS, which stands before the first IDAT (PNG specification, 11.3.2)."""
-    file.seek(8)
-    while len(chunk := file.read(8)) == 8 and chunk[4:] not in (b"IDAT", b"IEND"):
-        if chunk[4:] == b"tRNS":
-            return True
-        file.seek(big_endian(chunk[:4]) + 4, os.SEEK_CUR)
-    return False
+
+def png_layout(file: BinaryIO) -> tuple[int, bool]:
+    """Walk the chunks to IEND; return its end (0: none), and whether tRNS is among them.
+
+    PNG specification, 5.3 and 11.3.2.
+    """
+    at, transparent = 8, False
+    for _ in range(MAX_CHUNKS):
+        file.seek(at)
+        chunk = file.read(8)
+        if len(chunk) < 8:
+            break
+        at += 12 + big_endian(chunk[:4])
+        transparent = transparent or chunk[4:] == b"tRNS"
+        if chunk[4:] == b"IEND":
+            return at, transparent
+    return 0, transparent
 
 
-def jpeg_head(file: BinaryIO) -> tuple[int, int, bool]:
-    """Read width, height, and whether the picture is stored on its side (ITU T.81, B.1.1)."""
-    turned = False
-    file.seek(2)
-    while file.read(1) == b"\xff":
-        while (marker := file.read(1)) == b"\xff":  # any number of fill bytes
-            continue
-        length = big_endian(file.read(2))
-        if not marker or length < 2:
+def jpeg_layout(content: bytes) -> tuple[int, int, bool, int]:
+    """Walk the segments to EOI; return width, height, whether it lies on its side, and the end.
+
+    ITU T.81, B.1.1: FF00 is data, D0 to D7 stand inside of a scan, FF may be repeated.
+    """
+    width, height, turned, at = 0, 0, False, 2
+    while found := JPEG_MARKER.search(content, at):
+        marker, at = found[1][0], found.end()
+        if marker == 0xD9:
+            return width, height, turned, at
+        length = big_endian(content[at : at + 2])
+        if length < 2:
             break
         # SOF0 to SOF15, without DHT, JPG and DAC
-        if marker[0] in range(0xC0, 0xD0) and marker[0] not in (0xC4, 0xC8, 0xCC):
-            frame = file.read(5)
-            return big_endian(frame[3:5]), big_endian(frame[1:3]), turned
-        segment = file.tell()
-        if marker == b"\xe1":
-            turned = turned or exif_turns(file.read(length - 2))
-        file.seek(segment + length - 2)
-    return 0, 0, turned
+        if marker in range(0xC0, 0xD0) and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = (big_endian(content[at + k : at + k + 2]) for k in (3, 5))
+        elif marker == 0xE1:
+            turned = turned or exif_turns(content[at + 2 : at + length])
+        at += length
+    return width, height, turned, 0
 
 
 def exif_turns(segment: bytes) -> bool:
@@ -1207,48 +1294,81 @@ def webp_size(head: bytes) -> tuple[int, int, bool]:
     return little_endian(head[26:28]) & 0x3FFF, little_endian(head[28:30]) & 0x3FFF, False
 
 
-def gif_is_transparent(file: BinaryIO) -> bool:
-    """Look for a graphic control extension with its transparency flag (GIF89a, section 23)."""
-    file.seek(0)
-    blocks = re.findall(rb"\x21\xf9\x04([\x00-\xff])", file.read())
-    return any(flags[0] & 1 for flags in blocks)
+def gif_layout(content: bytes) -> tuple[bool, int]:
+    """Walk the blocks to the trailer; return whether a frame is transparent, and the end.
+
+    GIF89a, 18 to 27: a colour table follows where its flag is set, sub-blocks end with a zero.
+    """
+
+    def table(flags: int) -> int:
+        return 3 << (flags & 7) + 1 if flags & 0x80 else 0
+
+    padded, transparent = content + bytes(16), False
+    at = 13 + table(padded[10])
+    while at < len(content):
+        if padded[at] == 0x3B:
+            return transparent, at + 1
+        if padded[at] == 0x21:
+            transparent = transparent or (padded[at + 1] == 0xF9 and bool(padded[at + 3] & 1))
+            at += 2
+        elif padded[at] == 0x2C:
+            at += 11 + table(padded[at + 9])
+        else:
+            break
+        while at < len(content) and padded[at]:
+            at += padded[at] + 1
+        at += 1
+    return transparent, 0
 
 
-def svg_picture(file: BinaryIO) -> Picture | None:
+def svg_picture(content: bytes) -> Picture | None:
     """Read the size that an SVG's root element gives in numbers, 0 where it gives none."""
-    file.seek(0)
-    content = file.read().decode("utf-8", "replace")
-    root = re.search(r"<svg\b[^>]*>", content)
+    root = re.search(rb"<svg\b[^<>]*>", content[:MAX_SVG_HEAD])
     if root is None:
         return None
-    sizes = (rf'\s{edge}="([0-9]{{1,6}})(\.[0-9]*)?(px)?"' for edge in ("width", "height"))
+    sizes = (rb'\s%s="([0-9]{1,6})(\.[0-9]*)?(px)?"' % edge for edge in (b"width", b"height"))
     width, height = (int(found[1]) if (found := re.search(size, root[0])) else 0 for size in sizes)
-    return Picture("svg", width, height, alpha=True, whole=content.rstrip().endswith("</svg>"))
+    end = content.rfind(b"</svg>") + len(b"</svg>")
+    tail = len(content[end:].strip()) if end >= root.end() else 0
+    active = re.search(SVG_ACTIVE, content) is not None
+    whole = end >= root.end()
+    return Picture("svg", width, height, alpha=True, whole=whole, tail=tail, active=active)
+
+
+def whole_of(file: BinaryIO) -> bytes:
+    """Return all that a file holds."""
+    file.seek(0)
+    return file.read()
 
 
 def probe(file: BinaryIO) -> Picture | None:
     """Read format, size, alpha and wholeness of an image; None if it is none of FORMATS."""
-    head = file.read(30).ljust(30, b"\0")
     size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - 12))
-    tail = file.read()
+    file.seek(0)
+    head = file.read(30).ljust(30, b"\0")
+    if size > MAX_ANSWER_BYTES:  # it would take long, and is nothing that was made or is taken
+        return None
+    width, height, turned, end = 0, 0, False, 0
     if head.startswith(b"\x89PNG\r\n\x1a\n") and head[12:16] == b"IHDR":
-        width, height = big_endian(head[16:20]), big_endian(head[20:24])
-        alpha = head[25] in (4, 6) or png_has_transparency_chunk(file)
-        return Picture("png", width, height, alpha, tail[4:] == b"IEND\xaeB`\x82")
-    if head.startswith(b"\xff\xd8\xff"):
-        width, height, turned = jpeg_head(file)
-        whole = width > 0 and tail.rstrip(b"\0").endswith(b"\xff\xd9")
-        return Picture("jpeg", width, height, alpha=False, whole=whole, turned=turned)
-    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        kind, width, height = "png", big_endian(head[16:20]), big_endian(head[20:24])
+        end, alpha = png_layout(file)
+        alpha = alpha or head[25] in (4, 6)
+    elif head.startswith(b"\xff\xd8\xff"):
+        kind, alpha = "jpeg", False
+        width, height, turned, end = jpeg_layout(whole_of(file))
+    elif head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        kind, end = "webp", little_endian(head[4:8]) + 8
         width, height, alpha = webp_size(head)
-        return Picture("webp", width, height, alpha, size >= little_endian(head[4:8]) + 8)
-    if head.startswith((b"GIF87a", b"GIF89a")):
-        width, height = little_endian(head[6:8]), little_endian(head[8:10])
-        return Picture("gif", width, height, gif_is_transparent(file), tail.endswith(b";"))
-    if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"<svg", b"<?xml", b"<!--", b"<!DOCTYPE")):
-        return svg_picture(file)
-    return None
+    elif head.startswith((b"GIF87a", b"GIF89a")):
+        kind, width, height = "gif", little_endian(head[6:8]), little_endian(head[8:10])
+        alpha, end = gif_layout(whole_of(file))
+    elif head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(SVG_BEGINS):
+        return svg_picture(whole_of(file))
+    else:
+        return None
+    whole = 0 < end <= size and width > 0
+    tail = size - end if whole else 0
+    return Picture(kind, width, height, alpha=alpha, whole=whole, turned=turned, tail=tail)
 
 
 def probe_file(name: str) -> Picture | None:
@@ -1267,6 +1387,16 @@ def beside(path: str, suffix: str) -> str:
     """Return the path of a file that belongs to an image: its name with a suffix."""
     stem, extension = os.path.splitext(path)
     return stem + suffix + extension
+
+
+def with_room(path: str) -> str:
+    """Return a path whose name can be added to: a very long one is cut."""
+    folder, name = os.path.split(path)
+    stem, extension = os.path.splitext(name)
+    room = MAX_NAME_BYTES - LONGEST_ADDITION - len(os.fsencode(extension))
+    if len(os.fsencode(stem)) <= room:
+        return path
+    return os.path.join(folder, os.fsencode(stem)[:room].decode("utf-8", "ignore") + extension)
 
 
 def plan_names(job: Job) -> Iterator[str]:
@@ -1299,16 +1429,56 @@ def plan_outputs(job: Job, options: RunOptions) -> Job:
     return job._replace(outputs=outputs)
 
 
+def is_remnant(name: str, kind: str) -> bool:
+    """Tell whether a file is what a writing leaves that was broken off: empty, or cut off."""
+    if not os.path.isfile(name):
+        return False
+    picture = probe_file(name)
+    cut_off = picture is not None and picture.format == kind and not picture.whole
+    return cut_off or os.path.getsize(name) == 0
+
+
+def is_derived(name: str, original: str | None = None) -> bool:
+    """Tell whether this program has made a copy or a contact sheet: it has its mark, or is empty.
+
+    A copy of an original that was small enough is that original.
+    """
+    with suppress(OSError), open(name, "rb") as file:
+        content = file.read(MAX_ANSWER_BYTES)
+        as_original = original is not None and same_content(name, original)
+        return not content or DERIVED_MARK in content or as_original
+    return False
+
+
+def same_content(name: str, other: str) -> bool:
+    """Tell whether two files hold the same."""
+    try:
+        return filecmp.cmp(name, other, shallow=False)
+    except OSError:
+        return False
+
+
+def may_derive(name: str, existing: Existing, original: str | None = None) -> bool:
+    """Tell whether a copy or a contact sheet may take the place of a file."""
+    return existing == "replace" or (existing == "keep" and is_derived(name, original))
+
+
 def find_missing(job: Job, existing: Existing) -> Job:
     """Say which images of a job are to be asked for, and what they may replace."""
-    outputs, missing = [], []
-    for output in job.outputs:
-        there = existing == "keep" and os.path.isfile(output.path)
-        broken = there and not ((seen := probe_file(output.path)) and seen.whole)
-        replace = broken or existing == "replace"
-        outputs.append(output._replace(replace=replace, replace_copy=existing != "refuse"))
-        if broken or not there:
-            missing.append(outputs[-1])
+    outputs, missing, keep = [], [], existing == "keep"
+    kind = job.request.output_format
+    for planned in job.outputs:
+        copy = planned.copy or ""
+        seen = probe_file(planned.path) if keep else None
+        there = seen is not None and seen.whole and seen.format == kind
+        output = planned._replace(
+            replace=existing == "replace",
+            mend=keep and not there and is_remnant(planned.path, kind),
+            replace_copy=may_derive(copy, existing, planned.path),
+        )
+        outputs.append(output)
+        if not there:
+            missing.append(output)
     return job._replace(outputs=tuple(outputs), missing=tuple(missing))
 
 
@@ -1600,8 +1770,9 @@ def check_folder(folder: str) -> Iterator[str]:
 
 
 def same_file(name: str) -> str:
-    """Return one spelling for one file, also on disks that do not tell A from a."""
-    return unicodedata.normalize("NFC", os.path.realpath(name)).lower()
+    """Return one spelling for one file, also on disks that do not tell A from a, or ß from ss."""
+    decomposed = unicodedata.normalize("NFD", os.path.realpath(name))
+    return unicodedata.normalize("NFC", decomposed.casefold())
 
 
 class Target(NamedTuple):
@@ -1611,41 +1782,54 @@ class Target(NamedTuple):
     name: str
     replace: bool
     what: str
-    is_draft: bool = False
+    kind: str = ""  # a key of STRANGERS; a draft is none, and takes a free name
+
+
+# What --skip-existing says of a file that is not what is expected under its name.
+STRANGERS = {
+    "image": "is no whole {}; move it away, choose another name, or --force to replace it",
+    "copy": "is no copy of this program's; give another --downscale-suffix, or move it away",
+    "sheet": "is no contact sheet of this program's; give another --contact-sheet, or move it away",
+}
 
 
 def targets(plan: Plan) -> Iterator[Target]:
     """Yield every file of a run."""
     for job in plan.jobs:
         for output in job.outputs:
-            kept = output not in job.missing
-            replace = output.replace_copy
-            image = f"{job.where}the image"
-            yield Target(job.line, output.path, output.replace or kept, image)
+            replace = output.replace or output.mend or output not in job.missing
+            yield Target(job.line, output.path, replace, f"{job.where}the image", "image")
             if output.copy:
-                yield Target(job.line, output.copy, replace, f"{job.where}the downscaled copy")
+                copy = f"{job.where}the downscaled copy"
+                yield Target(job.line, output.copy, output.replace_copy, copy, "copy")
             for name in output.drafts:
-                draft = f"{job.where}a partial image"
-                yield Target(job.line, name, replace, draft, is_draft=True)
+                yield Target(job.line, name, replace=True, what=f"{job.where}a partial image")
     if plan.sheet:
-        yield Target(0, plan.sheet.path, plan.sheet.replace, "the contact sheet")
+        yield Target(0, plan.sheet.path, plan.sheet.replace, "the contact sheet", "sheet")
 
 
-def check_target(target: Target) -> Iterator[str]:
+def check_target(target: Target, plan: Plan) -> Iterator[str]:
     """Check that a file can be made under a name."""
     name = target.name
+    parts = os.path.abspath(name).split(os.sep)
+    stranger = os.path.lexists(name) and not target.replace
     if os.path.isdir(name):
         yield f"{name} is a folder; an image is to be written there"
-    elif os.path.lexists(name) and not target.replace:
-        other = "replace it too" if target.is_draft else "keep it"
+    elif stranger and plan.submitted:
+        return  # what is paid for is saved beside it
+    elif stranger and plan.existing == "keep":
+        yield f"{name} {STRANGERS[target.kind].format(name_format(name) or DEFAULT_FORMAT)}"
+    elif stranger:
         yield (
             f"{name} exists; choose another name, --force to replace it, "
-            f"or --skip-existing to {other}"
+            "or --skip-existing to keep it"
         )
-    elif any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in name.split(os.sep)):
+    elif any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in parts):
         yield f"a name of over {MAX_NAME_BYTES} bytes: {received(name)}"
-    elif len(os.fsencode(os.path.abspath(name))) > MAX_PATH_BYTES:
-        yield f"a path of over {MAX_PATH_BYTES:,} bytes: {received(name)}"
+    elif len(os.fsencode(os.path.abspath(name))) > MAX_PATH_BYTES - LONGEST_ADDITION:
+        yield f"a path of over {MAX_PATH_BYTES - LONGEST_ADDITION:,} bytes: {received(name)}"
+    elif os.name == "nt" and any(re.search(WINDOWS_REFUSES, part) for part in parts[1:]):
+        yield f"{name}: Windows has no such name; leave out {WINDOWS_CHARACTERS}, CON, NUL and such"
 
 
 def check_outputs(plan: Plan) -> Iterator[tuple[int, str]]:
@@ -1661,7 +1845,7 @@ def check_outputs(plan: Plan) -> Iterator[tuple[int, str]]:
         elif key in taken:
             yield line, f"{name} would be written twice: as {what} and as {taken[key]}"
         else:
-            yield from ((line, finding) for finding in check_target(target))
+            yield from ((line, finding) for finding in check_target(target, plan))
         taken.setdefault(key, what)
         folders.setdefault(os.path.dirname(name), line)
     for folder, line in folders.items():
@@ -1671,13 +1855,57 @@ def check_outputs(plan: Plan) -> Iterator[tuple[int, str]]:
         yield 0, f"--contact-sheet holds {MAX_SHEET_IMAGES:,} images, not {images:,}"
 
 
-def is_base_url(value: str) -> bool:
-    """Tell whether a URL names a host to ask, and a port that exists."""
+def has_host(value: str) -> bool:
+    """Tell whether an address names a host to ask, and a port that exists."""
     try:
-        url = urls.urlsplit(value)
-        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+        url = urls.urlsplit(value if "://" in value else f"//{value}")
+        return bool(url.hostname) and url.port != 0
     except ValueError:
         return False
+
+
+def check_base_url(value: str | None) -> Iterator[str]:
+    """Check OPENAI_BASE_URL, which may hold secrets: what is refused is not always shown."""
+    if value is None:
+        return
+    if "@" in value.partition("?")[0]:
+        yield "OPENAI_BASE_URL holds a user or a password; give the key in OPENAI_API_KEY instead"
+    elif not value.strip():
+        yield "OPENAI_BASE_URL is set and empty; unset it, or give the address of the API"
+    elif value != value.strip():
+        yield "OPENAI_BASE_URL begins or ends with white space; take it away"
+    elif not value.startswith(("http://", "https://")) or not has_host(value):
+        yield f"OPENAI_BASE_URL {received(value)} has to begin with https:// and a host"
+    elif value.startswith("http:") and not is_loopback(urls.urlsplit(value).hostname or ""):
+        yield Notice(
+            "OPENAI_BASE_URL begins with http://: the key, the prompts and the images cross the "
+            "network in clear; use https://"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a host is this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def check_packages(*, pillow: bool) -> Iterator[str]:
+    """Check that the packages are there, and new enough."""
+    for module, package in (
+        (("openai", "openai"), ("PIL", "pillow")) if pillow else (("openai",) * 2,)
+    ):
+        least, version = OLDEST[package], "missing"
+        if importlib_util.find_spec(module) is not None:
+            version = metadata.version(package)
+            if [*map(int, re.findall("[0-9]+", version)[:2])] >= [*map(int, least.split("."))]:
+                continue
+        yield (
+            f"the package {package} is {version}; {least} or newer is needed: "
+            f"{sys.executable or 'python3'} -m pip install '{package}>={least}'  "
+            "(or run the script with uv run)"
+        )
 
 
 def check_environment(*, pillow: bool) -> Iterator[str]:
@@ -1691,15 +1919,15 @@ def check_environment(*, pillow: bool) -> Iterator[str]:
         value = os.environ.get(name, "")
         if not value.isascii() or (value and not value.isprintable()):
             yield f"{name} holds characters that no header can carry: {received(value)}"
-    base_url = os.environ.get("OPENAI_BASE_URL", "")
-    if base_url and not is_base_url(base_url):
-        yield f"OPENAI_BASE_URL {received(base_url)} has to begin with https:// and a host"
-    for module, package, needed in (("openai", "openai", True), ("PIL", "pillow", pillow)):
-        if needed and importlib_util.find_spec(module) is None:
-            yield (
-                f"the package {package} is missing: {sys.executable or 'python3'} -m pip install "
-                f"{package}  (or run the script with uv run)"
-            )
+    yield from check_base_url(os.environ.get("OPENAI_BASE_URL"))
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        if (path := os.environ.get(name)) and not os.path.exists(path):
+            yield f"{name} names {path}, which is not there; unset it, or name the certificates"
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        for spelled in (name, name.lower()):
+            if (proxy := os.environ.get(spelled)) and not has_host(proxy):
+                yield f"{spelled} names no host, or a port that does not exist"
+    yield from check_packages(pillow=pillow)
 
 
 def folded(findings: Iterable[tuple[int, str]]) -> list[str]:
@@ -1787,6 +2015,7 @@ NO_MONEY_CODES = (
     "organization_usage_limit_exceeded",
     "organization_spend_limit_exceeded",
     "project_spend_limit_exceeded",
+    "insufficient_user_quota",  # as relays call it
 )
 # What an answer means: what to do about it, and the kind of failure. The code, if known, decides.
 VERDICT_BY_CODE: Mapping[str, tuple[Action, str]] = {
@@ -1799,15 +2028,19 @@ VERDICT_BY_CODE: Mapping[str, tuple[Action, str]] = {
 }
 VERDICT_BY_STATUS: Mapping[int, tuple[Action, str]] = {
     400: ("fail", "invalid_request"),  # and any other below 500
+    200: ("fail", "server"),  # an error object in an answer, a stream or a batch
+    300: ("stop run", "address"),  # and any other redirect that is not followed
     401: ("stop run", "authentication"),
+    402: ("stop run", "quota"),
     403: ("stop model", "permission"),
-    404: ("stop model", "unknown_model"),
+    404: ("stop run", "address"),  # a model that is not there has its code
     408: ("retry", "timeout"),
     409: ("retry", "conflict"),
     429: ("wait", "rate_limit"),
     500: ("retry", "server"),  # and any other above
 }
 REMEDIES = {
+    "address": "check OPENAI_BASE_URL",
     "quota": "add credit or raise the limit of the account",
     "authentication": "check OPENAI_API_KEY",
     "permission": "ask for access to the model, or choose another with --model",
@@ -1815,7 +2048,9 @@ REMEDIES = {
     "moderation": "change the prompt or the input image",
 }
 # Gateways that lost the answer of a server that may have done the work.
-LOST_ANSWER_STATUSES = (502, 504)
+LOST_ANSWER_STATUSES = (502, 504, 520, 524)
+# Where an error explains itself, as OpenAI, FastAPI, JSON:API and gateways have it.
+EXPLANATION_KEYS = ("message", "msg", "detail", "error", "errors", "title", "reason", "description")
 # What the HTTP API takes and the SDK's method has no argument for (SDK 3.54, images.edit).
 EXTRA_BODY_KEYS = ("moderation",)
 
@@ -1823,6 +2058,8 @@ BACK_OFF_SECONDS = 0.5
 MAX_BACK_OFF_SECONDS = 30.0
 LEAST_ADVICE_SECONDS = 0.01  # "now", or a date that has passed by our clock, is no advice
 CONNECT_SECONDS = 20.0
+UNREACHABLE = "a sandbox or a proxy may refuse it, see references/codex-network.md"
+LEAST_DOUBTS = 3  # requests that may have been billed for nothing before the run gets careful
 # The first requests leave one after the other, so that a small limit shows before all are out.
 RAMP_SECONDS = 0.003
 # A pace that was learnt from a refusal grows by this share with each request the server takes.
@@ -1838,16 +2075,18 @@ class Verdict(NamedTuple):
     request_id: str | None = None
 
 
-def parse_seconds(value: str) -> float | None:
-    """Read a number of seconds, or an HTTP date as the seconds until then."""
+def parse_seconds(value: str, now: str | None = None) -> float | None:
+    """Read a number of seconds, or an HTTP date as the seconds since another, the answer's own."""
     try:
         number = float(value)
     except ValueError:
-        try:
-            moment = email_utils.parsedate_to_datetime(value).astimezone(UTC)
-        except (ValueError, OverflowError):
+        then, since = (email_utils.parsedate_tz(date or "") for date in (value, now))
+        if then is None:
             return None
-        return max(0.0, (moment - datetime.now(UTC)).total_seconds())
+        with suppress(ValueError, OverflowError):
+            start = email_utils.mktime_tz(since) if since else time.time()
+            return max(0.0, email_utils.mktime_tz(then) - start)
+        return None
     return number if 0 <= number < float("inf") else None
 
 
@@ -1866,7 +2105,7 @@ def advised_delay(headers: Mapping[str, str]) -> float | None:
     milliseconds = parse_seconds(headers.get("retry-after-ms", ""))
     if milliseconds is not None:
         return milliseconds / 1000
-    delay = parse_seconds(headers.get("retry-after", ""))
+    delay = parse_seconds(headers.get("retry-after", ""), headers.get("date"))
     if delay is not None:
         return delay
     kinds = ("requests", "tokens")
@@ -1877,43 +2116,73 @@ def advised_delay(headers: Mapping[str, str]) -> float | None:
     return max((reset for reset in resets if reset is not None), default=None)
 
 
-def judge(
-    status: int, said: object, request_id: str | None = None, advised: float | None = None
-) -> Verdict:
-    """Judge an error that the API answered with; said is its error object, or what came instead.
+def explanation(said: object) -> str:
+    """Return the words in which an error explains itself, "" if there are none."""
+    if isinstance(said, dict):
+        return next(filter(None, (explanation(said.get(key)) for key in EXPLANATION_KEYS)), "")
+    if isinstance(said, list):
+        return "; ".join(filter(None, map(explanation, said)))
+    if said is None or isinstance(said, bool):
+        return ""
+    text = str(said).strip()
+    if not text.startswith("<"):
+        return text
+    title = re.search(r"<title[^<>]*>([^<]*)", text, re.IGNORECASE)
+    return html.unescape(title[1] if title else re.sub(r"<[^<>]*>", " ", text)).strip()
 
-    An error inside a stream or a batch has no status of its own: 0.
-    """
-    fields = said if isinstance(said, dict) else {"message": said}
-    code, kind_of_error = fields.get("code"), fields.get("type")
+
+class ErrorAnswer(Exception):  # noqa: N818 - an answer, which is judged
+    """What the API answers with instead of an image: an error status, or a redirect."""
+
+    def __init__(self, status: int, body: object, headers: Mapping[str, str], asked: str) -> None:
+        self.status = status
+        self.body = body
+        self.headers = headers
+        self.asked = asked  # method and address
+        super().__init__(f"HTTP {status}")
+
+
+def judge(answer: ErrorAnswer) -> Verdict:
+    """Judge an error that the API answered with."""
+    status, body, headers = answer.status, answer.body, answer.headers
+    fields = mapping(body)
+    error = mapping(fields.get("error")) or mapping(fields.get("detail")) or fields
+    code, kind_of_error = error.get("code"), error.get("type")
+    if status < 300 and re.fullmatch("[45][0-9][0-9]", str(code)):
+        status = int(str(code))  # a gateway that answers 200 and means something else
     by_code = VERDICT_BY_CODE.get(str(code)) or VERDICT_BY_CODE.get(str(kind_of_error))
-    by_status = VERDICT_BY_STATUS.get(status) or VERDICT_BY_STATUS[500 if status >= 500 else 400]
-    action, kind = by_code or by_status
-    remedy = f" ({REMEDIES[kind]})" if kind in REMEDIES else ""
-    request = f" [{request_id}]" if request_id else ""
-    message = one_line(fields.get("message") or "no explanation")
-    number = f", HTTP {status}" if status else ""
+    series = max(key for key in (200, 300, 400, 500) if key <= max(200, status))
+    action, kind = by_code or VERDICT_BY_STATUS.get(status) or VERDICT_BY_STATUS[series]
+    if headers.get("x-should-retry") == "false" and action in ("retry", "wait"):
+        action = "fail"
+    request_id = headers.get("x-request-id")
+    said = explanation(body) or (json.dumps(body) if body else "no explanation")
+    parts = [
+        f"{kind.replace('_', ' ')}{f', HTTP {status}' if status >= 300 else ''}: ",
+        f"{answer.asked}: " if kind == "address" else "",
+        one_line(said),
+        f" ({REMEDIES[kind]})" if kind in REMEDIES else "",
+        f" [{one_line(request_id)}]" if request_id else "",
+    ]
     failure = Failure(
         kind,
-        f"{kind.replace('_', ' ')}{number}: {message}{remedy}{request}",
-        str(code or status or "") or None,
+        "".join(parts),
+        str(code or (status if status >= 300 else "")) or None,
         retryable=action in ("retry", "wait"),
         maybe_billed=status in LOST_ANSWER_STATUSES,
     )
-    return Verdict(action, failure, advised, request_id)
+    return Verdict(action, failure, advised_delay(headers), request_id)
 
 
 def verdict_of(error: Exception) -> Verdict:
-    """Judge what the SDK raised for one request."""
-    if isinstance(error, openai.APIError) and not isinstance(error, openai.APIConnectionError):
-        status = error.status_code if isinstance(error, openai.APIStatusError) else 0
-        response = getattr(error, "response", None)
-        headers = response.headers if response is not None else {}
-        said = error.body if isinstance(error.body, dict) else error.body or error.message
-        return judge(status, said, headers.get("x-request-id"), advised_delay(headers))
+    """Judge what came of one request that brought no answer, or an error."""
     cause = error.__cause__ or error
+    if isinstance(cause, ErrorAnswer):
+        return judge(cause)
+    if isinstance(error, openai.APIError) and not isinstance(error, openai.APIConnectionError):
+        return judge(ErrorAnswer(200, error.body or error.message, {}, ""))
     unsent = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.ProxyError)
-    hopeless = (httpx2.UnsupportedProtocol, httpx2.LocalProtocolError, httpx2.InvalidURL)
+    hopeless = (httpx2.UnsupportedProtocol, httpx2.LocalProtocolError, httpx2.TooManyRedirects)
     late = isinstance(error, (openai.APITimeoutError, httpx2.TimeoutException, TimeoutError))
     reason = one_line(cause) or type(cause).__name__
     failure = Failure(
@@ -2007,8 +2276,9 @@ class RateGate:
     pace. A pace that is too slow grows, one that is too fast is refused and counted anew.
     """
 
-    def __init__(self, halt: Halt, notify: Callable[[float], None]) -> None:
+    def __init__(self, halt: Halt, max_wait: float, notify: Callable[[float], None]) -> None:
         self.halt = halt
+        self.max_wait = max_wait
         self.notify = notify
         self.clock = asyncio.get_running_loop().time
         self.turn = asyncio.Lock()
@@ -2016,6 +2286,7 @@ class RateGate:
         self.next_at = self.opened_at = 0.0
         self.paused_at = self.resume_at = 0.0  # the last pause
         self.paused_before = 0.0  # seconds of all pauses but the last
+        self.paused_when_taken = 0.0  # the same of all, when a request was last taken
         self.period = 0  # counts the pauses
         self.sent = self.refused = 0
         self.paced = False
@@ -2033,8 +2304,8 @@ class RateGate:
         paused = self.paused
         async with self.turn:
             while (delay := max(self.resume_at, self.next_at) - self.clock()) > 0:
-                self.halt.check(job)
                 patience.allow(self.paused - paused + self.resume_at - self.clock())
+                self.halt.check(job)
                 await self.halt.sleep(delay)
             self.halt.check(job)
             patience.seconds -= self.paused - paused  # however long its turn took to come
@@ -2049,7 +2320,8 @@ class RateGate:
             return self.period
 
     def taken(self) -> None:
-        """Note that the server answered a request with an image."""
+        """Note that the server took a request."""
+        self.paused_when_taken = self.paused
         self.interval = self.interval / (1 + PACE_GROWTH) if self.paced else 0.0
 
     def refuse(self, period: int, delay: float) -> None:
@@ -2067,12 +2339,17 @@ class RateGate:
         self.resume_at = max(self.resume_at, now + delay)
         taken = max(1, self.sent - self.refused)
         self.interval = (self.resume_at - self.opened_at) / taken
+        if self.paused + self.resume_at - now - self.paused_when_taken > self.max_wait:
+            message = "rate limit: nothing at all was accepted for --max-wait"
+            self.halt.stop_all(Failure("rate_limit", message, retryable=True))
 
 
 class Spool:
     """The raw body of an answer, outside the heap: some 4K answers at once would fill it."""
 
     def __init__(self) -> None:
+        self.size = 0
+        self.broken: Verdict | None = None  # why it may not be all
         self._file: io.FileIO | None = None
         self._rest = bytearray()
         with suppress(OSError):
@@ -2085,14 +2362,14 @@ class Spool:
             with suppress(OSError):
                 written = self._file.write(chunk)
         self._rest += chunk[written:]
+        self.size += len(chunk)
 
     def read(self) -> bytes:
-        """Return everything, once."""
+        """Return everything that has come."""
         head = b""
         if self._file is not None:
             self._file.seek(0)
             head = self._file.read()
-        self.close()
         return head + self._rest if self._rest else head
 
     def close(self) -> None:
@@ -2101,25 +2378,50 @@ class Spool:
             self._file.close()
 
 
-async def spooled(chunks: AsyncIterator[bytes]) -> Spool:
-    """Collect a body."""
-    spool = Spool()
-    try:
-        async for chunk in chunks:
-            spool.write(chunk)
-    except BaseException:
-        spool.close()
-        raise
-    return spool
+class EventReader:
+    """What a stream of server-sent events says, as far as it has come (HTML standard, 9.2.6)."""
+
+    def __init__(self) -> None:
+        self.line = bytearray()
+        self.data: list[bytes] = []
+
+    def feed(self, chunk: bytes) -> Iterator[dict[str, Any]]:
+        """Yield the JSON objects of the events that a piece of the stream completes."""
+        begin = 0
+        while (end := chunk.find(b"\n", begin)) >= 0:
+            line = bytes(self.line + chunk[begin:end]).rstrip(b"\r")
+            self.line.clear()
+            begin = end + 1
+            if line.startswith(b"data:"):
+                self.data.append(line[5:].strip())
+            elif not line:
+                yield from self.event()
+        self.line += chunk[begin:]
+
+    def event(self) -> Iterator[dict[str, Any]]:
+        """Yield the event whose lines have been read, if it is an object."""
+        data, self.data = b"\n".join(self.data), []
+        with suppress(ValueError):
+            event = jiter.from_json(data)
+            if isinstance(event, dict):
+                yield event
 
 
 def file_part(stack: ExitStack, path: str, name: str) -> tuple[str, BinaryIO, str]:
-    """Open a file to be sent; its name and content type are those of its bytes, not its suffix."""
-    file = stack.enter_context(open(path, "rb"))  # noqa: SIM115
+    """Open a file to be sent; its name and content type are those of its bytes, not its suffix.
+
+    Raises an OSError for what it is not any more: a pipe would hold up all that is in flight.
+    """
+    flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, os.O_RDONLY | flags)
+    file = stack.enter_context(os.fdopen(descriptor, "rb"))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        raise OSError(f"{path} is no regular file any more")
     picture = probe(file)
     file.seek(0)
-    kind = picture.format if picture else DEFAULT_FORMAT
-    return f"{name}.{kind}", file, FORMATS[kind].content_type
+    if picture is None:
+        raise OSError(f"{path} is no image any more")
+    return f"{name}.{picture.format}", file, FORMATS[picture.format].content_type
 
 
 def sdk_arguments(request: ImageRequest, stack: ExitStack) -> dict[str, Any]:
@@ -2147,36 +2449,66 @@ class Exchange:
     def __init__(self, patience: Patience) -> None:
         self.patience = patience
         self.started: float | None = None  # when the job got its slot
+        self.period = 0  # of the rate gate, in which its request was sent
         self.request_id: str | None = None
         self.drafts: list[str] = []  # what a stream has left on disk
+        self.sent = False  # a request has come through: it may have been billed, or was refused
         self.maybe_billed = False
-
-
-async def follow_stream(
-    response: openai.AsyncAPIResponse[Any], on_draft: OnDraft
-) -> AsyncIterator[bytes]:
-    """Hand on the drafts of a streamed image as they arrive; yield its end as a plain answer is."""
-    try:
-        async for event in await response.parse():
-            kind = str(getattr(event, "type", ""))
-            if kind == "error":
-                body = event.model_dump()
-                raise openai.APIError(str(body.get("message")), response.http_request, body=body)
-            if kind.endswith(".completed"):
-                data = [{"b64_json": event.b64_json}]
-                answer = {**event.model_dump(exclude={"b64_json"}), "data": data}
-                yield json.dumps(answer).encode()
-                return
-            if kind.endswith(".partial_image"):
-                await on_draft(event.b64_json)
-    except (ValueError, AttributeError, TypeError) as error:
-        raise bad_answer(f"the stream is damaged: {one_line(error)}") from None
-    raise httpx2.RemoteProtocolError("the stream ended before the image")
 
 
 def api_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
     """Return what the SDK and the HTTP library below it raise for a call that did not succeed."""
-    return openai.APIError, httpx2.HTTPError, httpx2.StreamError, *more
+    return openai.APIError, httpx2.HTTPError, httpx2.StreamError, ErrorAnswer, *more
+
+
+def origin(url: httpx2.URL) -> tuple[str, str, int | None]:
+    """Return what two addresses of one server have in common."""
+    return url.scheme, url.host, url.port
+
+
+async def refuse_answer(response: httpx2.Response) -> None:
+    """Raise an ErrorAnswer for what is no answer to read: an error, or a redirect elsewhere.
+
+    Only a redirect that repeats the request (307, 308) at the same origin is followed: the prompt
+    and the account's ids would go elsewhere, or a GET would ask for something else.
+    """
+    status, request = response.status_code, response.request
+    asked = f"{request.method} {request.url.copy_with(query=None)}"
+    if response.has_redirect_location:
+        target = response.headers["location"]
+        with suppress(httpx2.InvalidURL):
+            if status in (307, 308) and origin(request.url.join(target)) == origin(request.url):
+                return
+        said = f"redirected to {one_line(target)}, which is not followed"
+        raise ErrorAnswer(status, said, response.headers, asked)
+    if response.is_success:
+        return
+    body = bytearray()
+    async for chunk in response.aiter_bytes():
+        body += chunk[: MAX_ERROR_BYTES - len(body)]
+        if len(body) >= MAX_ERROR_BYTES:
+            break
+    try:
+        said = jiter.from_json(bytes(body))
+    except ValueError:
+        said = body.decode("utf-8", "replace")
+    raise ErrorAnswer(status, said, response.headers, asked)
+
+
+async def is_fetched(url: httpx2.URL, base: httpx2.URL) -> bool:
+    """Tell whether an image may be fetched: from the API's own origin, or by https from the public.
+
+    An answer must not send this machine to its neighbours.
+    """
+    if origin(url) == origin(base):
+        return True
+    if url.scheme != "https" or not url.host:
+        return False
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(url.host, url.port or 443)
+    except OSError:  # no name service, as behind a proxy; without one, the connection fails
+        return True
+    return all(ipaddress.ip_address(address[0]).is_global for *_, address in found)
 
 
 class Channel:
@@ -2188,109 +2520,345 @@ class Channel:
         self.options = options
         self.note = note
         self.halt = Halt()
-        self.gate = RateGate(self.halt, on_pause)
-        timeout = httpx2.Timeout(options.timeout, connect=min(options.timeout, CONNECT_SECONDS))
+        self.gate = RateGate(self.halt, options.max_wait, on_pause)
+        self.on_wire = 0  # requests that are being answered just now
+        self.reached = False  # something has come from the other side
+        self.told: set[str] = set()  # attempts at reaching it that have been reported
+        self.doubts = 0  # requests since the last image that may have been billed for none
+        self.most_doubts = max(LEAST_DOUBTS, options.concurrency)
+        self.one_by_one = asyncio.Lock()
+        self.timeout = httpx2.Timeout(
+            options.timeout, connect=min(options.timeout, CONNECT_SECONDS)
+        )
         try:
-            self.client = openai.AsyncOpenAI(max_retries=0, timeout=timeout)
+            self.client = openai.AsyncOpenAI(
+                max_retries=0,
+                http_client=openai.DefaultAsyncHttpxClient(
+                    timeout=self.timeout, event_hooks={"response": [self.on_answer]}
+                ),
+            )
         except (ValueError, ImportError, OSError, httpx2.InvalidURL, openai.OpenAIError) as error:
             problem = "the HTTP client cannot be set up by the environment (proxies, certificates)"
             raise UsageError(f"{problem}: {one_line(error)}") from None
 
+    async def on_answer(self, response: httpx2.Response) -> None:
+        """Take note of an answer's head."""
+        self.reached = True
+        await refuse_answer(response)
+
     async def send(self, job: Job, exchange: Exchange, on_draft: OnDraft) -> Spool:
-        """Send a job's request until it is answered, or raise a JobError."""
+        """Send a job's request until something comes, or raise the error that ends the job."""
         while True:
-            period = await self.gate.admit(job, exchange.patience)
-            try:
-                spool = await self.post(job.wanted, exchange, on_draft)
-            except api_errors(OSError) as error:
-                await self.recover(job, exchange, verdict_of(error), period)
-            else:
-                self.gate.taken()
-                return spool
+            async with self.one_by_one if self.doubts >= self.most_doubts else nullcontext():
+                exchange.period = await self.gate.admit(job, exchange.patience)
+                try:
+                    spool = await self.post(job.wanted, exchange, on_draft)
+                except api_errors(OSError) as error:
+                    await self.recover(job, exchange, verdict_of(error))
+                else:
+                    self.gate.taken()
+                    return spool
 
     async def post(self, request: ImageRequest, exchange: Exchange, on_draft: OnDraft) -> Spool:
-        """Send one request; return the raw body of its answer."""
+        """Send one request; return the raw body of its answer, also of one that breaks off."""
         images = self.client.images.with_streaming_response
         method = images.edit if request.image else images.generate
-        with ExitStack() as stack:
-            try:
-                arguments = sdk_arguments(request, stack)
-            except OSError as error:  # it was there at preflight
-                message = f"an input image cannot be read any more: {one_line(error)}"
-                raise JobError(Failure("input", message)) from None
-            exchange.patience.begin()
-            async with asyncio.timeout(self.options.timeout), method(**arguments) as response:
-                exchange.request_id = response.headers.get("x-request-id")
-                # A gateway may answer the request for a stream as if none were asked for.
-                if "event-stream" in response.headers.get("content-type", ""):
-                    return await spooled(follow_stream(response, on_draft))
-                return await spooled(response.iter_bytes())
+        spool = Spool()
+        self.on_wire += 1
+        try:
+            with ExitStack() as stack:
+                try:
+                    arguments = sdk_arguments(request, stack)
+                except OSError as error:  # it was there at preflight
+                    message = f"an input image cannot be read any more: {one_line(error)}"
+                    raise JobError(Failure("input", message)) from None
+                exchange.patience.begin()
+                async with asyncio.timeout(self.options.timeout), method(**arguments) as response:
+                    exchange.request_id = response.headers.get("x-request-id")
+                    await self.receive(response, request, spool, on_draft)
+        except api_errors(OSError) as error:
+            if not spool.size:
+                spool.close()
+                raise
+            spool.broken = verdict_of(error)
+        except BaseException:
+            spool.close()
+            raise
+        finally:
+            self.on_wire -= 1
+        return spool
 
-    async def recover(self, job: Job, exchange: Exchange, verdict: Verdict, period: int) -> None:
-        """Wait until the request can be sent again, or raise the JobError that ends the job."""
+    async def receive(
+        self,
+        response: openai.AsyncAPIResponse[Any],
+        request: ImageRequest,
+        spool: Spool,
+        on_draft: OnDraft,
+    ) -> None:
+        """Take in an answer, to its end or to the event that says that the image is complete."""
+        kind = response.headers.get("content-type", "")
+        reader = EventReader() if request.partial_images or "event-stream" in kind else None
+        most = (request.n + (request.partial_images or 0)) * MAX_ANSWER_BYTES
+        async for chunk in response.iter_bytes():
+            spool.write(chunk)
+            if spool.size > most:
+                message = f"the answer has more than {most:,} bytes"
+                spool.broken = Verdict("fail", Failure("bad_answer", message, maybe_billed=True))
+                return
+            for event in reader.feed(chunk) if reader else ():
+                event_type = str(event.get("type"))
+                if event_type.endswith(".completed"):
+                    return
+                if event_type.endswith(".partial_image"):
+                    await on_draft(event.get("b64_json"))
+
+    async def recover(self, job: Job, exchange: Exchange, verdict: Verdict) -> None:
+        """Wait until the request can be sent again, or raise the error that ends the job."""
         failure, patience = verdict.failure, exchange.patience
         exchange.request_id = verdict.request_id or exchange.request_id
-        if verdict.action == "stop run":
-            self.halt.stop_all(failure)
-        elif verdict.action == "stop model":
-            self.halt.models.setdefault(job.request.model, failure)
+        exchange.sent = exchange.sent or self.reached or failure.maybe_billed
+        if not exchange.sent:
+            self.halt.check(job)
+        self.heed(job, verdict)
+        if failure.maybe_billed:
+            self.doubt(failure)
         if exchange.drafts:  # the image was half made: another request would be paid for again
             message = f"{failure.message}; what had come is kept: {listing(exchange.drafts)}"
             raise JobError(failure._replace(message=message, maybe_billed=True))
-        delay = patience.after(verdict)
+        try:
+            delay = patience.after(verdict)
+        except JobError:
+            if exchange.sent:
+                raise
+            host = httpx2.URL(self.client.base_url).host
+            message = f"no connection to {host} came about ({failure.message}); {UNREACHABLE}"
+            self.halt.stop_all(failure._replace(message=message))
+            raise StoppedError(failure._replace(message=message)) from None
         if verdict.action == "wait":
-            self.gate.refuse(period, delay)
+            self.gate.refuse(exchange.period, delay)
             return
         patience.spend(delay)
         exchange.maybe_billed |= failure.maybe_billed
-        billed = "; it may have been billed" if failure.maybe_billed else ""
-        self.note(
-            f"{job.where}{failure.message}{billed}; "
-            f"attempt {patience.attempts + 1} of {patience.max_attempts} in {delay:.1f} s"
-        )
+        attempt = f"attempt {patience.attempts + 1} of {patience.max_attempts}"
+        if self.reached or attempt not in self.told:  # while nobody answers, once for all jobs
+            self.told.add(attempt)
+            billed = "; it may have been billed" if failure.maybe_billed else ""
+            self.note(f"{job.where}{failure.message}{billed}; {attempt} in {delay:.1f} s")
         await self.halt.sleep(delay)
+
+    def heed(self, job: Job, verdict: Verdict) -> None:
+        """Send nothing more, to any model or to one, where the verdict says so."""
+        if verdict.action == "stop run":
+            self.halt.stop_all(verdict.failure)
+        elif verdict.action == "stop model":
+            self.halt.models.setdefault(job.request.model, verdict.failure)
+
+    def doubt(self, failure: Failure) -> None:
+        """Count a request that may have been billed for nothing; be careful, then stop."""
+        self.doubts += 1
+        since = f"{self.doubts} requests in a row may have been billed without an image"
+        if self.doubts == self.most_doubts:
+            self.note(f"{since}; going on with one request at a time")
+        elif self.doubts >= self.most_doubts + LEAST_DOUBTS:
+            message = f"{since}, the last one: {failure.message}"
+            self.halt.stop_all(failure._replace(message=message))
+
+    async def fetch_image(self, address: str) -> bytes:
+        """GET an image that an answer names instead of bringing it, again and again if need be.
+
+        Without the key, cookies or a password of the account: whoever answers there is a stranger.
+        """
+        patience = Patience(self.options)
+        while True:
+            patience.begin()
+            try:
+                async with asyncio.timeout(self.options.timeout):
+                    return await self.get(address)
+            except api_errors(OSError, httpx2.InvalidURL) as error:
+                said = verdict_of(error).failure.message
+                if isinstance(error, ErrorAnswer):  # whose remedies are those of the API
+                    said = f"HTTP {error.status}"
+                failure = Failure("bad_answer", said, maybe_billed=True)
+                delay = patience.after(Verdict("retry", failure))
+                patience.spend(delay)
+                await self.halt.sleep(delay)
+
+    async def get(self, address: str) -> bytes:
+        """GET an image once, through a few redirects."""
+        url, base = httpx2.URL(address), httpx2.URL(self.client.base_url)
+        async with httpx2.AsyncClient(timeout=self.timeout) as client:
+            for _ in range(1 + MAX_REDIRECTS):
+                if not await is_fetched(url, base):
+                    raise bad_answer(f"it is not fetched from {origin(url)[1]} for safety's sake")
+                async with client.stream("GET", url) as response:
+                    if response.has_redirect_location:
+                        url = url.join(response.headers["location"])
+                        continue
+                    await refuse_answer(response)
+                    content = bytearray()
+                    async for chunk in response.aiter_bytes():
+                        content += chunk
+                        if len(content) > MAX_ANSWER_BYTES:
+                            raise bad_answer(f"it has more than {MAX_ANSWER_BYTES:,} bytes")
+                    return bytes(content)
+        raise bad_answer(f"it is more than {MAX_REDIRECTS} redirects away")
 
 
 # ── 11 · Decode and post-process ──────────────────────────────────────────────────────────────────
 
 
-def parse_answer(body: bytes) -> dict[str, Any]:
-    """Return the JSON of an answer that has a list of images."""
+class Answer(NamedTuple):
+    """What the body of an answer holds, in whatever shape it came."""
+
+    items: list[Any]  # what stands for each image; a string, or an object that has one
+    fields: dict[str, Any]  # usage, size, quality
+    raw: Callable[[], bytes]
+    verdict: Verdict  # what to do if it brings no image
+    broken: bool  # it did not come to its end
+
+
+# Kinds of failures after which the body of an answer is kept: nobody else will read it.
+UNREADABLE = ("bad_answer", "connection", "timeout")
+# How a stream of events begins, whatever its content type says.
+EVENT_BEGINS = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:data|event|id|retry)?:")
+# What relays call a task that makes the image later.
+TASK_KEYS = ("id", "task_id", "job_id", "poll_url", "status_url")
+
+
+def load_json(body: bytes) -> Any:  # noqa: ANN401
+    """Return the first JSON value of a body; None if it is none, or is not whole."""
     try:
         # The SDK's own parser: ten times as fast on the long strings of an answer.
-        return checked_answer(jiter.from_json(body))
-    except ValueError:
-        start = one_line(body[:80].decode("utf-8", "replace"))
-        raise bad_answer(f"the answer is no JSON ({len(body):,} bytes): {start}") from None
+        return jiter.from_json(body)
+    except ValueError:  # it is stricter, too: bytes behind the end, half a surrogate pair
+        with suppress(ValueError, RecursionError):
+            return json.JSONDecoder().raw_decode(body.decode("utf-8-sig", "replace").lstrip())[0]
+    return None
 
 
-def checked_answer(answer: object) -> dict[str, Any]:
-    """Return an answer that has a list of images."""
-    fields = mapping(answer)
-    if not isinstance(fields.get("data"), list) or not fields["data"]:
-        raise bad_answer("the answer holds no image")
-    return fields
+def items_of(body: Mapping[str, Any]) -> list[Any]:
+    """Return what stands for the images in an answer, or in an event that says it is complete."""
+    for key in ("data", "images"):
+        if found := body.get(key):
+            return found if isinstance(found, list) else [found]
+    return [body] if encoded_in(body) else []
 
 
-def decode_image(encoded: object) -> bytes:
+def encoded_in(item: object) -> str | bytes | None:
+    """Return what an item of an answer holds: base64, an address, or bytes that were fetched."""
+    if isinstance(item, (str, bytes)):
+        return item
+    fields = mapping(item)
+    found = (fields.get(key) for key in ("b64_json", "url"))
+    return next((value for value in found if isinstance(value, str) and value), None)
+
+
+def salvaged(body: bytes) -> list[str]:
+    """Return the images of a broken answer: the strings that are whole under their keys."""
+    found = re.findall(rb'"(?:b64_json|url)"\s*:\s*("(?:[^"\\]++|\\.)*+")', body)
+    return [text for text in map(load_json, found) if isinstance(text, str)]
+
+
+def events_of(body: bytes) -> dict[str, Any]:
+    """Return what a whole stream of events says, in the shape of a plain answer."""
+    events = [
+        event
+        for event in EventReader().feed(body + b"\n\n")
+        if not str(event.get("type")).endswith(".partial_image")
+    ]
+    last = [event for event in events if str(event.get("type")).endswith(".completed")] or events
+    answer = {key: value for event in last for key, value in event.items()}
+    for event in events:
+        if event.get("type") == "error":
+            answer["error"] = mapping(event.get("error")) or event
+    return answer | {"data": [item for event in last for item in items_of(event)]}
+
+
+def read_answer(body: bytes, raw: Callable[[], bytes], broken: Verdict | None = None) -> Answer:
+    """Find what stands for the images in a body: JSON, events, an image, or whole parts of them."""
+    parsed = load_json(body)
+    if parsed is None and EVENT_BEGINS.match(body):
+        parsed = events_of(body)
+        early = httpx2.RemoteProtocolError("the stream ended before the image")
+        broken = broken or (None if parsed["data"] else verdict_of(early))
+    elif parsed is None:
+        picture = probe(io.BytesIO(body))
+        is_picture = picture is not None and picture.format != "svg"  # a page may hold one
+        text = body[:MAX_ERROR_BYTES].decode("utf-8", "replace")
+        parsed = {"data": [body] if is_picture else salvaged(body), "message": text}
+    return answer_of(parsed, raw, broken)
+
+
+def answer_of(parsed: object, raw: Callable[[], bytes], broken: Verdict | None = None) -> Answer:
+    """Find what stands for the images in a value of JSON."""
+    fields = parsed if isinstance(parsed, dict) else {"data": parsed}
+    items = items_of(fields)
+    error = fields.get("error") or fields.get("detail") or fields.get("errors")
+    if error and not items:
+        verdict = judge(ErrorAnswer(200, {"error": error}, {}, ""))
+    elif broken:  # what has come of it is not asked for again
+        verdict = broken._replace(action="fail") if items else broken
+    else:
+        verdict = Verdict("fail", Failure("bad_answer", unusable(fields), maybe_billed=True))
+    return Answer(items, fields, raw, verdict, broken is not None)
+
+
+def unusable(fields: Mapping[str, Any]) -> str:
+    """Say what an answer is that brings no image."""
+    if fields.get("status") and any(key in fields for key in TASK_KEYS):
+        task = {key: fields[key] for key in ("status", *TASK_KEYS) if key in fields}
+        return (
+            f"the answer is a task and no image: {one_line(json.dumps(task))}; ask its service for "
+            "the image, or use an address that answers with it"
+        )
+    said = one_line(explanation(fields) or json.dumps(fields))
+    return f"the answer holds no image: {said if len(said) <= 160 else said[:160] + '…'}"
+
+
+def decode_item(item: object) -> bytes:
     """Return the bytes of one image of an answer."""
-    if not isinstance(encoded, str):
-        raise bad_answer("an image of the answer has no b64_json")
+    if isinstance(item, JobError):  # it was to be fetched
+        raise item
+    encoded = encoded_in(item)
+    if encoded is None:
+        raise bad_answer("an image of the answer is neither base64 nor an address")
+    return decode_image(encoded)
+
+
+def decode_image(encoded: str | bytes) -> bytes:
+    """Return the bytes of one image: base64, as careless servers write it too, or a data URL."""
+    if isinstance(encoded, bytes):
+        return encoded
+    head, comma, rest = encoded.partition(",") if encoded.startswith("data:") else ("", "", encoded)
+    if comma and not head.endswith(";base64"):
+        return urls.unquote_to_bytes(rest)
+    with suppress(ValueError):
+        return binascii.a2b_base64(rest, strict_mode=True)
+    letters = re.sub(r"[^A-Za-z0-9+/]", "", rest.replace("-", "+").replace("_", "/"))
     try:
-        return binascii.a2b_base64(encoded, strict_mode=True)
+        return binascii.a2b_base64(letters + "=" * (-len(letters) % 4))
     except ValueError as error:
         raise bad_answer(f"an image of the answer is not valid base64: {error}") from None
 
 
-def differences(request: ImageRequest, picture: Saved) -> Iterator[str]:
-    """Yield where an image is not what was asked for."""
+def differences(request: ImageRequest, picture: Picture) -> Iterator[str]:
+    """Yield where an image is not what was asked for, or what one would expect."""
+    if picture.tail:
+        yield f"{counted(picture.tail, 'byte')} behind the end of the image; kept as they came"
+    if picture.active:
+        yield "the svg runs scripts or loads from elsewhere: look at it before it is published"
     if picture.format != request.output_format:
         yield f"asked for {request.output_format}, got {picture.format}"
-    size = f"{picture.width}x{picture.height}"
-    if request.size not in ("auto", size) and picture.format != "svg":
-        yield f"asked for {request.size}, got {size}"
+    if request.size not in ("auto", picture.size) and picture.format != "svg":
+        yield f"asked for {request.size}, got {picture.size}"
     if request.background == "transparent" and not picture.alpha:
         yield "asked for a transparent background, got an image without alpha"
+
+
+def scaled_size(width: int, height: int, max_dim: int) -> tuple[int, int]:
+    """Return the size of a copy whose longer edge is at most max_dim."""
+    scale = min(1.0, max_dim / max(width, height, 1))
+    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def scaled(image: Image.Image, max_dim: int) -> Image.Image:
@@ -2299,10 +2867,24 @@ def scaled(image: Image.Image, max_dim: int) -> Image.Image:
         image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
     if image.mode not in ("L", "LA", "RGB", "RGBA"):
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    scale = max_dim / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     # Pillow resizes premultiplied, so that colour under alpha 0 does not bleed into the edge.
-    return image.resize(size, Image.Resampling.LANCZOS)
+    return image.resize(scaled_size(*image.size, max_dim), Image.Resampling.LANCZOS)
+
+
+def encoded_picture(picture: Image.Image, kind: str, **options: Any) -> bytes:  # noqa: ANN401
+    """Return a picture that this program has made, with its mark, in an image format."""
+    mark = DERIVED_MARK.decode()
+    if kind == "gif":
+        options["comment"] = mark
+    elif kind == "png":
+        options["pnginfo"] = info = PngImagePlugin.PngInfo()
+        info.add_text("Software", mark)
+    else:
+        options["exif"] = Image.Exif()
+        options["exif"][ExifTags.Base.Software] = mark
+    buffer = io.BytesIO()
+    picture.save(buffer, kind.upper(), **options)
+    return buffer.getvalue()
 
 
 def downscale(content: bytes, original: Saved, max_dim: int) -> bytes:
@@ -2344,9 +2926,7 @@ def downscale(content: bytes, original: Saved, max_dim: int) -> bytes:
         options |= {"quality": COPY_QUALITY, "exact": True}
     elif original.format == "png":
         options["compress_level"] = COPY_LEVEL
-    buffer = io.BytesIO()
-    copy.save(buffer, original.format.upper(), **options)
-    return buffer.getvalue()
+    return encoded_picture(copy, original.format, **options)
 
 
 # ── 12 · Write, and what is on disk ───────────────────────────────────────────────────────────────
@@ -2355,39 +2935,54 @@ def downscale(content: bytes, original: Saved, max_dim: int) -> bytes:
 def free_names(name: str) -> Iterator[str]:
     """Yield the name itself, then names beside it."""
     yield name
-    yield from (beside(name, f"-alt-{number}") for number in count(1))
-
-
-def same_content(name: str, other: str) -> bool:
-    """Tell whether two files hold the same, as after a collection that was interrupted."""
-    try:
-        return filecmp.cmp(name, other, shallow=False)
-    except OSError:
-        return False
+    yield from (beside(with_room(name), f"-alt-{number}") for number in count(1))
 
 
 def place(temporary: str, name: str) -> None:
     """Give a finished file its name, unless the name is taken (FileExistsError)."""
+    if os.name == "nt":
+        os.rename(temporary, name)  # which never replaces there
+        return
     try:
         os.link(temporary, name)
     except FileExistsError:
         raise
     except OSError:  # no hard links here, as on FAT: reserve the name, then rename onto it
         with open(name, "xb"):
+            pass
+        try:
             os.replace(temporary, name)
+        except OSError:
+            os.unlink(name)
+            raise
 
 
-def write_file(
-    name: str, content: bytes, *, replace: bool, reuse: bool = False, sync: bool = False
-) -> str:
-    """Write a whole file or none, and return its name.
+def sync_folder(folder: str) -> None:
+    """Let the names in a folder outlive a power cut, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder or ".", os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
-    Without replace, a file that stands there already is kept, even if it came a moment ago: the new
-    one goes beside it, under the first free name; with reuse, a file that has this very content is
-    taken for it. With sync, the content outlives a power cut. Raises OSError.
-    """
-    folder = os.path.dirname(name)
+
+def make_folder(folder: str) -> list[str]:
+    """Make a folder and those above it, to stay; return what was made, the innermost first."""
+    made, above = [], os.path.abspath(folder or ".")
+    while not os.path.lexists(above):
+        made.append(above)
+        above = os.path.dirname(above)
     os.makedirs(folder or ".", exist_ok=True)
+    for name in made:
+        sync_folder(os.path.dirname(name))
+    return made
+
+
+@contextmanager
+def written(folder: str, content: bytes, *, sync: bool = False) -> Iterator[str]:
+    """Write a whole file under a temporary name, which goes in the end. Raises OSError."""
+    make_folder(folder)
     temporary = os.path.join(folder, f".image_gen-{os.urandom(6).hex()}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -2395,21 +2990,44 @@ def write_file(
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
+        yield temporary
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def settle(temporary: str, names: Iterator[str], *, replace: bool, reuse: bool = False) -> str:
+    """Give a file the first of the names that is free, and return it.
+
+    With replace, the first name is taken in any case; with reuse, a file that has this very content
+    is taken for it.
+    """
+    for name in names:
         if replace:
             os.replace(temporary, name)
             return name
-        names = free_names(name)
-        while True:
-            candidate = next(names)
-            try:
-                place(temporary, candidate)
-            except FileExistsError:
-                if not (reuse and same_content(temporary, candidate)):
-                    continue
-            return candidate
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+        try:
+            place(temporary, name)
+        except FileExistsError:
+            if not (reuse and same_content(temporary, name)):
+                continue
+        return name
+    raise AssertionError("names are endless")
+
+
+def write_file(name: str, content: bytes, *, replace: bool, sync: bool = False) -> str:
+    """Write a whole file or none, and return its name.
+
+    Without replace, a file that stands there already is kept, even if it came a moment ago: the new
+    one goes beside it, under the first free name. With sync, the content outlives a power cut.
+    Raises OSError.
+    """
+    folder = os.path.dirname(name)
+    with written(folder, content, sync=sync) as temporary:
+        name = settle(temporary, free_names(name), replace=replace)
+    if sync:
+        sync_folder(folder)
+    return name
 
 
 def remove_files(names: Iterable[str]) -> None:
@@ -2420,97 +3038,141 @@ def remove_files(names: Iterable[str]) -> None:
 
 
 def rescue(name: str, content: bytes) -> str | None:
-    """Save a paid image somewhere when its own place takes it no more."""
-    try:
-        folder = os.path.join(tempfile.gettempdir(), "image_gen-rescued")
-        return write_file(os.path.join(folder, os.path.basename(name)), content, replace=False)
-    except OSError:
-        return None
+    """Save what was paid for somewhere when its own place takes it no more."""
+    plain = f"image_gen-rescued-{re.sub('[^A-Za-z0-9._-]', '_', os.path.basename(name))[-100:]}"
+    for folder in (os.path.dirname(name), ".", None, os.path.expanduser("~")):
+        with suppress(OSError):
+            safe = tempfile.mkdtemp(prefix="image_gen-") if folder is None else folder
+            return write_file(os.path.join(safe, plain), content, replace=False, sync=True)
+    return None
 
 
-def save_image(output: Output, content: bytes) -> Saved:
-    """Write one original, byte for byte as it came; what is no whole image is kept beside it."""
+def unwritten(target: str, content: bytes, error: OSError) -> JobError:
+    """Return the error for what could not be written under its name, after a try elsewhere."""
+    saved = rescue(target, content)
+    where = f"it was saved as {saved}" if saved else "it is lost"
+    message = f"{target} could not be written ({error.strerror or error}); {where}"
+    return JobError(Failure("write", message, maybe_billed=True))
+
+
+def save_image(
+    output: Output, content: bytes, request: ImageRequest, names: Iterator[str]
+) -> tuple[Saved, list[str]]:
+    """Write one original, byte for byte as it came; what is no whole image is kept beside it.
+
+    The bytes are on disk before they are looked at. Returns what is to be said of the image, too.
+    """
     if not content:
         raise bad_answer("an image of the answer is empty")
-    picture = probe(io.BytesIO(content))
-    sound = picture is not None and picture.whole
-    target = output.path if sound else f"{output.path}.damaged"
+    target = output.path
     try:
-        name = write_file(target, content, replace=output.replace and sound, reuse=output.collected)
+        with written(os.path.dirname(target), content, sync=True) as temporary:
+            picture = probe_file(temporary)
+            if picture is None or not picture.whole:
+                target = f"{with_room(target)}.damaged"
+                name = settle(temporary, free_names(target), replace=False, reuse=output.collected)
+                what = "cut off" if picture else "none that is known here"
+                kept = f"its {len(content):,} bytes are kept as {name}"
+                raise bad_answer(f"an image of the answer is {what}; {kept}")
+            mended = output.mend and is_remnant(target, request.output_format)
+            name = settle(
+                temporary, names, replace=output.replace or mended, reuse=output.collected
+            )
     except OSError as error:
-        saved = rescue(target, content)
-        where = f"it was saved as {saved}" if saved else "it is lost"
-        message = f"{target} could not be written ({error.strerror or error}); {where}"
-        raise JobError(Failure("write", message, maybe_billed=True)) from None
-    if picture is None or not picture.whole:
-        what = "cut off" if picture else "none that is known here"
-        raise bad_answer(
-            f"an image of the answer is {what}; its {len(content):,} bytes are kept as {name}"
-        )
-    return Saved(name, len(content), picture.width, picture.height, picture.format, picture.alpha)
+        raise unwritten(target, content, error) from None
+    saved = Saved(name, len(content), picture.width, picture.height, picture.format, picture.alpha)
+    return saved, [f"{name}: {surprise}" for surprise in differences(request, picture)]
 
 
-def save_draft(name: str, encoded: str, *, replace: bool) -> str | None:
-    """Write a draft of a streamed image; one that cannot be written is not worth a failure."""
+def keep_answer(path: str, raw: Callable[[], bytes]) -> str:
+    """Keep the body of an answer that has not brought the image of this path; say where."""
+    body = redacted(raw().decode("latin-1")).encode("latin-1")
+    target = f"{with_room(path)}.answer"
+    if not body:
+        return ""
     try:
-        return write_file(name, decode_image(encoded), replace=replace)
+        return f"; the answer is kept as {write_file(target, body, replace=False, sync=True)}"
+    except OSError as error:
+        return f"; {unwritten(target, body, error).failure.message}"
+
+
+def save_draft(name: str, encoded: object) -> str | None:
+    """Write a draft of a streamed image; one that cannot be written is not worth a failure."""
+    if not isinstance(encoded, str):
+        return None
+    try:
+        return write_file(name, decode_image(encoded), replace=False)
     except (JobError, OSError):
         return None
 
 
 def usage_of(answer: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the tokens that an answer says it has used, those of an SVG among them."""
-    usage, svg_usage = answer.get("usage"), answer.get("svg_usage")
+    usage, svg_usage = strict(answer.get("usage")), strict(answer.get("svg_usage"))
     if not isinstance(usage, dict):
         return None
     return {**usage, "svg_usage": svg_usage} if svg_usage else usage
 
 
-def save_answer(job: Job, answer: dict[str, Any]) -> Delivery:
-    """Decode the images of an answer one by one, and write each. Runs in a worker thread."""
-    data = answer["data"]
+def save_items(job: Job, items: list[Any]) -> tuple[dict[str, Saved], list[str], list[Failure]]:
+    """Write each item of an answer as an image; return warnings and failures, too."""
     images: dict[str, Saved] = {}
     warnings: list[str] = []
     failures: list[Failure] = []
     asked = len(job.missing)
-    if len(data) > asked:
-        warnings.append(f"{len(data) - asked} more images than asked for; saved beside the others")
-    elif len(data) < asked:
-        failures.append(Failure("bad_answer", f"asked for {asked} images, got {len(data)}"))
-    for index in range(len(data)):
-        item, data[index] = data[index], None  # an image that is written needs no memory
+    surplus = free_names(job.missing[-1].path)  # each goes on where the one before has ended
+    for index in range(len(items)):
+        item, items[index] = items[index], None  # an image that is written needs no memory
         output = job.missing[min(index, asked - 1)]
         if index >= asked:
-            output = output._replace(replace=False, collected=False)
+            output = output._replace(replace=False, mend=False, collected=False)
         try:
-            saved = save_image(output, decode_image(mapping(item).get("b64_json")))
+            content = decode_item(item)
+            names = surplus if index >= asked else free_names(output.path)
+            saved, surprises = save_image(output, content, job.request, names)
         except JobError as error:
             failures.append(error.failure)
             continue
-        warnings += [f"{saved.path}: {surprise}" for surprise in differences(job.request, saved)]
+        warnings += surprises
         if index < asked:
             images[output.path] = saved
             if saved.path != output.path:
                 warnings.append(
                     f"{output.path} has appeared meanwhile and is kept; saved as {saved.path}"
                 )
+    if len(items) > asked:
+        warnings.append(f"{len(items) - asked} more images than asked for; saved beside the others")
+    return images, warnings, failures
+
+
+def save_answer(job: Job, answer: Answer) -> Delivery:
+    """Save what an answer brings; what brings less than was asked for is kept as it came, too.
+
+    Runs in a worker thread.
+    """
+    asked, came = len(job.missing), len(answer.items)
+    images, warnings, failures = save_items(job, answer.items)
+    for folder in dict.fromkeys(os.path.dirname(image.path) for image in images.values()):
+        sync_folder(folder)
+    if not came:
+        failures.append(answer.verdict.failure)
+    elif came < asked:
+        why = f": {answer.verdict.failure.message}" if answer.broken else ""
+        failures.append(Failure("bad_answer", f"asked for {asked} images, got {came}{why}"))
     failures.sort(key=lambda failure: failure.kind != "write")  # first what stops the run
+    failure = failures[0] if failures else None
+    if failure and any(each.kind in UNREADABLE for each in failures):
+        path = next((item.path for item in job.missing if item.path not in images), "image")
+        message = f"{failure.message}{keep_answer(path, answer.raw)}"
+        failure = failure._replace(message=message, maybe_billed=True)
     return Delivery(
         images=images,
         warnings=tuple(warnings),
-        failure=failures[0] if failures else None,
-        usage=usage_of(answer),
-        size=answer.get("size"),
-        quality=answer.get("quality"),
+        failure=failure,
+        usage=usage_of(answer.fields),
+        size=strict(answer.fields.get("size")),
+        quality=strict(answer.fields.get("quality")),
     )
-
-
-def save_body(job: Job, spool: Spool) -> Delivery:
-    """Save what the raw body of an answer holds. Runs in a worker thread."""
-    try:
-        return save_answer(job, parse_answer(spool.read()))
-    except JobError as error:
-        return Delivery(failure=error.failure)
 
 
 def saved_file(name: str) -> Saved | None:
@@ -2522,14 +3184,21 @@ def saved_file(name: str) -> Saved | None:
     return Saved(name, size, picture.width, picture.height, picture.format, picture.alpha)
 
 
+def is_copy(copy: Saved | None, original: Saved, max_dim: int) -> bool:
+    """Tell whether a file is the copy of an original: marked, as large, and not older."""
+    if copy is None or not is_derived(copy.path, original.path):
+        return False
+    size = scaled_size(original.width, original.height, max_dim)
+    fits = (copy.width, copy.height) in (size, size[::-1])  # a turned photograph is set upright
+    return fits and os.path.getmtime(copy.path) >= os.path.getmtime(original.path)
+
+
 def save_copy(original: Saved, output: Output, max_dim: int, *, remake: bool) -> Saved | None:
     """Write the downscaled copy of an original that is on disk. Runs in a worker thread."""
     name = output.copy or ""
-    with suppress(OSError):
-        newer = not remake and os.path.getmtime(name) >= os.path.getmtime(original.path)
-        if newer and (copy := saved_file(name)):
-            return copy
     try:
+        if not remake and is_copy(copy := saved_file(name), original, max_dim):
+            return copy
         with open(original.path, "rb") as file:
             small = downscale(file.read(), original, max_dim)
         return saved_file(write_file(name, small, replace=output.replace_copy))
@@ -2551,15 +3220,12 @@ def images_on_disk(job: Job, came: Mapping[str, Saved]) -> dict[str, Saved]:
 @contextmanager
 def locked(folder: str) -> Iterator[None]:
     """Keep a second process out of a folder, which is made, and goes again upon a refusal."""
-    made, above = [], folder
-    while above and not os.path.lexists(above):
-        made.append(above)
-        above = os.path.dirname(above)
+    made: list[str] = []
     with ExitStack() as stack:
         # Preflight says what is wrong with the folder. A network disk may have no locks, and
         # Windows, which has none, opens no folder.
         with suppress(OSError):
-            os.makedirs(folder, exist_ok=True)
+            made = make_folder(folder)
             descriptor = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, descriptor)
             try:
@@ -2577,12 +3243,6 @@ def locked(folder: str) -> Iterator[None]:
 
 
 # ── 13 · Report ───────────────────────────────────────────────────────────────────────────────────
-
-
-def redacted(message: str) -> str:
-    """Return a text without the key, whoever quotes it."""
-    secret = os.environ.get("OPENAI_API_KEY", "")
-    return message.replace(secret, "[key]") if len(secret) >= MIN_SECRET else message
 
 
 def write_stderr(message: str) -> None:
@@ -2654,7 +3314,7 @@ class Report:
         if not isinstance(outcome, Skipped):
             self.images += len(images)
         if self.options.json:
-            self.result(json.dumps(as_record(outcome)))
+            self.result(json.dumps(as_record(outcome), allow_nan=False))
         elif not isinstance(outcome, Skipped):
             for path in (*images, *(copy.path for copy in delivery.copies)):
                 self.result(f"Wrote {path}")
@@ -2799,9 +3459,7 @@ def contact_sheet(outcomes: Sequence[Outcome], suffix_format: str) -> bytes:
         while draw.textlength(caption, font) > edge and len(caption) > 1:
             caption = caption[:-2] + "…"
         draw.text((left, top + edge + 3), caption, "#202020", font)
-    buffer = io.BytesIO()
-    sheet.save(buffer, suffix_format.upper())
-    return buffer.getvalue()
+    return encoded_picture(sheet, suffix_format)
 
 
 def write_contact_sheet(output: Output, outcomes: Sequence[Outcome], report: Report) -> None:
@@ -2830,6 +3488,11 @@ def write_contact_sheet(output: Output, outcomes: Sequence[Outcome], report: Rep
 #   copiers    so these have threads of their own
 
 
+WORKERS = min(16, os.cpu_count() or 1)  # threads that save, and as many that make copies
+DESCRIPTORS = 16  # of the process, its event loop, a name look-up and a module that is loaded
+PROOF_BYTES = 64 * 1024
+
+
 class Run:
     """What the jobs of a run share."""
 
@@ -2854,12 +3517,20 @@ class Run:
         """Count the current task among those that an interruption waits for, or drops."""
         task = asyncio.current_task()
         self.sending.add(task)
-        self.report.in_flight = len(self.sending)
         try:
             yield
         finally:
             self.sending.discard(task)
-            self.report.in_flight = len(self.sending)
+
+    def bug(self, error: Exception, kept: str = "") -> Failure:
+        """Stop the run for what nobody has foreseen, and print one traceback."""
+        failure = Failure(
+            "internal", f"a bug in image_gen: {error!r}{kept}", maybe_billed=bool(kept)
+        )
+        if self.halt.reason is None or self.halt.reason.kind != "internal":
+            write_stderr(redacted("".join(traceback.format_exception(error))))
+        self.halt.stop_all(failure)
+        return failure
 
     def heed(self, job: Job, failure: Failure) -> None:
         """Stop the run if this failure of a job asks for it."""
@@ -2878,20 +3549,19 @@ class Run:
             return
         self.report.interrupted = True
         self.halt.stop_all(Failure("interrupted", "interrupted", retryable=True))
-        if self.report.in_flight:
+        if on_wire := self.channel.on_wire:
             self.report.note(
-                f"Interrupted: {counted(self.report.in_flight, 'request')} in flight will be "
+                f"Interrupted: {counted(on_wire, 'request')} in flight will be "
                 "waited for, being paid for; interrupt again to drop them"
             )
 
 
-async def keep_draft(job: Job, run: Run, exchange: Exchange, encoded: str) -> None:
+async def keep_draft(job: Job, run: Run, exchange: Exchange, encoded: object) -> None:
     """Write a draft that a stream has brought, if there is a name left for it."""
     output, count = job.missing[0], len(exchange.drafts)
     if count == len(output.drafts):
         return
-    name, replace = output.drafts[count], output.replace_copy
-    saved = await run.in_saver(functools.partial(save_draft, name, encoded, replace=replace))
+    saved = await run.in_saver(save_draft, output.drafts[count], encoded)
     if saved is not None:
         exchange.drafts.append(saved)
         run.report.note(f"{job.where}draft {count + 1}: {saved}")
@@ -2904,21 +3574,63 @@ async def fetch(job: Job, run: Run, exchange: Exchange) -> Spool:
         try:
             with run.in_flight():
                 on_draft = functools.partial(keep_draft, job, run, exchange)
-                return await run.channel.send(job, exchange, on_draft)
+                spool = await run.channel.send(job, exchange, on_draft)
+                if spool.size < MAX_ERROR_BYTES:  # it may be an error, whatever its status
+                    answer = read_answer(spool.read(), spool.read)
+                    if not answer.items:
+                        run.channel.heed(job, answer.verdict)
+                return spool
         except JobError as error:
             run.heed(job, error.failure)  # before the slot is free for another job
             raise
 
 
+async def bring(job: Job, answer: Answer, run: Run) -> Delivery:
+    """Fetch the images that an answer only names, and save what it holds."""
+    for index, item in enumerate(answer.items):
+        address = encoded_in(item)
+        if isinstance(address, str) and re.match("https?://", address):
+            try:
+                with run.in_flight():
+                    answer.items[index] = await run.channel.fetch_image(address)
+            except JobError as error:
+                message = f"the image at {address} was not fetched: {error.failure.message}"
+                answer.items[index] = bad_answer(message)
+    return await run.in_saver(save_answer, job, answer)
+
+
+async def exchange_once(job: Job, run: Run, exchange: Exchange) -> tuple[Delivery, Verdict]:
+    """Send a job's request, and save what the answer brings."""
+    spool = await fetch(job, run, exchange)
+    try:
+        answer = await run.in_saver(lambda: read_answer(spool.read(), spool.read, spool.broken))
+        delivery = await bring(job, answer, run)
+    except asyncio.CancelledError:
+        keep_answer(job.missing[0].path, spool.read)  # it names images that are paid for
+        raise
+    except Exception as error:  # noqa: BLE001 - a bug must neither lose an answer nor buy the next
+        kept = keep_answer(job.missing[0].path, spool.read)
+        raise JobError(run.bug(error, kept)) from None
+    finally:
+        spool.close()
+    return delivery, answer.verdict
+
+
 async def deliver(job: Job, run: Run, exchange: Exchange) -> Delivery:
     """Exchange a job for its images, or for the reason why there are none."""
     try:
-        delivery = await run.in_saver(save_body, job, await fetch(job, run, exchange))
+        while True:
+            delivery, verdict = await exchange_once(job, run, exchange)
+            if delivery.images or delivery.failure is None:
+                run.channel.doubts = 0
+                break
+            await run.channel.recover(job, exchange, verdict._replace(failure=delivery.failure))
     except StoppedError as error:
-        if not exchange.patience.attempts:
+        if not (exchange.patience.attempts and exchange.sent):
             return Delivery(failure=error.failure, held_back=True)
         return Delivery(failure=exchange.patience.last)
     except JobError as error:
+        run.heed(job, error.failure)
         return Delivery(failure=error.failure)
     except asyncio.CancelledError:  # by a second signal
         lost = Failure("interrupted", "dropped while in flight", retryable=True, maybe_billed=True)
@@ -2983,10 +3695,19 @@ async def run_job(job: Job, run: Run) -> Outcome:
             delivery = await deliver(job, run, exchange) if job.missing else Delivery()
             outcome = await conclude(job, with_history(delivery, exchange), run)
     except Exception as error:  # noqa: BLE001 - a bug must not take the other jobs' images along
-        traceback.print_exc()
-        return Failed(job, Delivery(), Failure("internal", f"a bug in image_gen: {error!r}"))
+        return Failed(job, Delivery(), run.bug(error))
     seconds = 0.0 if exchange.started is None else run.clock() - exchange.started
     return outcome._replace(delivery=outcome.delivery._replace(seconds=seconds))
+
+
+def ending_signals() -> list[signal.Signals]:
+    """Return the signals that end a run in order: Ctrl-C, the system's, and a terminal that closes.
+
+    One that was ignored from the start, as by nohup, stays ignored.
+    """
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+    known = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    return [each for each in known if signal.getsignal(each) is not signal.SIG_IGN]
 
 
 @contextmanager
@@ -2995,7 +3716,7 @@ def signals_taken(run: Run) -> Iterator[None]:
     loop = asyncio.get_running_loop()
     before = {}
     with suppress(ValueError):  # only the main thread has signals
-        for name in (signal.SIGINT, signal.SIGTERM):
+        for name in ending_signals():
             before[name] = signal.signal(name, lambda *_: loop.call_soon_threadsafe(run.interrupt))
     try:
         yield
@@ -3004,18 +3725,102 @@ def signals_taken(run: Run) -> Iterator[None]:
             signal.signal(name, handler)
 
 
+def load_modules(plan: Plan, options: RunOptions) -> None:
+    """Load what is first needed when an answer has come: it may not load any more by then."""
+    needed = [binascii, email_utils, filecmp, html, ipaddress, jiter, random, stat, tempfile]
+    if options.downscale_max_dim is not None or plan.sheet is not None:
+        needed += [ExifTags, Image, ImageDraw, ImageFont, ImageOps, ImageSequence, PngImagePlugin]
+    try:
+        for module in needed:
+            getattr(module, "__name__")  # noqa: B009 - which loads it
+        if Image in needed:
+            Image.init()  # the plug-ins of the formats
+    except ImportError as error:
+        raise UsageError(f"a package is damaged: {one_line(error)}; install it anew") from None
+
+
+def prove_folders(plan: Plan) -> None:
+    """Write a file into each folder of the images, and remove it: a full disk shows here."""
+    paths = [output.path for job in plan.jobs for output in job.missing]
+    made: list[str] = []
+    for folder in dict.fromkeys(map(os.path.dirname, paths)):
+        try:
+            made += make_folder(folder)
+            with written(folder, bytes(PROOF_BYTES), sync=True):
+                pass
+        except OSError as error:
+            for name in reversed(made):
+                with suppress(OSError):
+                    os.rmdir(name)
+            problem = f"nothing can be written in {folder or '.'}: {error.strerror or error}"
+            raise UsageError(f"{problem}; make room there, or choose another folder") from None
+
+
+def fit_concurrency(plan: Plan, options: RunOptions) -> int:
+    """Return how many requests the file descriptors allow at once, after asking for more of them.
+
+    Each takes a connection, its input files, and the bodies of three answers (see the backlog).
+    """
+    each = 4 + max((len(job.request.files) for job in plan.jobs), default=0)
+    own = DESCRIPTORS + 4 * WORKERS
+    wanted = own + each * options.concurrency
+    try:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    except ImportError:  # Windows has no such limit
+        return options.concurrency
+    if soft in range(wanted):
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if soft < own + each:
+            raise UsageError(f"{soft} open files are allowed; raise it: ulimit -n {own + each}")
+    return options.concurrency if soft not in range(wanted) else (soft - own) // each
+
+
+async def start_threads(*pools: futures.Executor) -> None:
+    """Start all threads: where no more are allowed, that shows here and not at the first image."""
+    go_on = threading.Event()
+    try:
+        for pool in pools:
+            for _ in range(WORKERS):
+                pool.submit(go_on.wait)
+        await asyncio.get_running_loop().run_in_executor(None, go_on.is_set)  # for name look-ups
+    except RuntimeError:
+        problem = f"no thread can be started, {2 * WORKERS + 1} are needed (ulimit -u, pids limit)"
+        raise UsageError(problem) from None
+    finally:
+        go_on.set()
+
+
+def blot(record: logging.LogRecord) -> bool:
+    """Take the key out of what the SDK logs (OPENAI_LOG)."""
+    record.msg, record.args = redacted(record.getMessage()), ()
+    return True
+
+
 @asynccontextmanager
-async def running(report: Report) -> AsyncIterator[Run]:
-    """Set up what a run needs, and take it down again."""
+async def running(plan: Plan, report: Report) -> AsyncIterator[Run]:
+    """Set up what a run needs, all of it before the first request, and take it down again."""
 
     async def keep_status() -> None:
         while report.terminal:
             await asyncio.sleep(0.5)
+            report.in_flight = run.channel.on_wire
             report.status()
 
-    pool = functools.partial(futures.ThreadPoolExecutor, os.cpu_count())
+    concurrency = fit_concurrency(plan, report.options)
+    if concurrency < report.options.concurrency:
+        report.warn(f"--concurrency {concurrency}: more would need more open files (ulimit -n)")
+        report.options = report.options._replace(concurrency=concurrency)
+    load_modules(plan, report.options)
+    prove_folders(plan)
+    pool = functools.partial(futures.ThreadPoolExecutor, WORKERS)
     with pool() as savers, pool() as copiers:
+        await start_threads(savers, copiers)
         run = Run(report, savers, copiers)
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(blot)
         status = asyncio.create_task(keep_status())
         try:
             with signals_taken(run):
@@ -3028,7 +3833,7 @@ async def running(report: Report) -> AsyncIterator[Run]:
 async def run_jobs(plan: Plan, report: Report) -> list[Outcome]:
     """Run all jobs, as many at once as asked for, and report each as it ends."""
     outcomes = []
-    async with running(report) as run:
+    async with running(plan, report) as run:
         tasks = [asyncio.create_task(run_job(job, run)) for job in plan.jobs]
         for task in asyncio.as_completed(tasks):
             outcome = await task
@@ -3347,33 +4152,20 @@ def stray_job(custom_id: str, folder: str, count: int) -> Job:
     return Job(0, 0, ImageRequest(custom_id, custom_id), folder, None, outputs, outputs)
 
 
-def delivery_of(line: Mapping[str, Any], job: Job | None, folder: str) -> Delivery:
-    """Save what a line of an output or error file brings, or say why it brings nothing."""
-    response, error = mapping(line.get("response")), mapping(line.get("error"))
-    if not response:
-        code = str(error.get("code") or "batch_error")
-        message = one_line(error.get("message") or "the batch has no answer for this job")
-        return Delivery(failure=Failure(code, message, code, retryable=code in PASSING_CODES))
-    body, status = response.get("body"), response.get("status_code")
-    sent = Delivery(attempts=1, request_id=str(response.get("request_id") or "") or None)
-    if status != 200:
-        said = mapping(body).get("error") or error or body
-        verdict = judge(status if isinstance(status, int) else 0, said)
-        return sent._replace(failure=verdict.failure)
-    try:
-        answer = checked_answer(body)
-    except JobError as problem:
-        return sent._replace(failure=problem.failure)
-    saved = save_answer(
-        job or stray_job(str(line["custom_id"]), folder, len(answer["data"])), answer
-    )
-    return saved._replace(attempts=sent.attempts, request_id=sent.request_id)
+class Result(NamedTuple):
+    """What a line of an output or error file brings."""
+
+    custom_id: str
+    job: Job | None  # None: nobody asked for it
+    target: Job  # the job, or one that stands in for it
+    delivery: Delivery  # so far
+    answer: Answer | None = None  # whose images are to be saved
 
 
 def read_result(
     encoded: bytes, waiting: dict[str, Job], known: Container[str], folder: str
-) -> tuple[str, Job | None, Delivery] | None:
-    """Save what a line of an output or error file holds. Runs in a worker thread.
+) -> Result | None:
+    """Read a line of an output or error file. Runs in a worker thread.
 
     Takes the line's job out of waiting; None stands for a job whose result has come before. Raises
     a ValueError for a line that is none, as at the end of a file that was cut off.
@@ -3385,15 +4177,30 @@ def read_result(
     job = waiting.pop(custom_id, None)
     if job is None and custom_id in known:
         return None
-    return custom_id, job, delivery_of(line, job, folder)
+    response, error = mapping(line.get("response")), mapping(line.get("error"))
+    result = Result(custom_id, job, job or stray_job(custom_id, folder, 1), Delivery())
+    if not response:
+        code = str(error.get("code") or "batch_error")
+        message = one_line(error.get("message") or "the batch has no answer for this job")
+        failure = Failure(code, message, code, retryable=code in PASSING_CODES)
+        return result._replace(delivery=Delivery(failure=failure))
+    body, status = response.get("body"), response.get("status_code")
+    sent = Delivery(attempts=1, request_id=str(response.get("request_id") or "") or None)
+    if status != 200:
+        number = status if isinstance(status, int) else 200
+        verdict = judge(ErrorAnswer(number, body if mapping(body) else error, {}, ""))
+        return result._replace(delivery=sent._replace(failure=verdict.failure))
+    answer = answer_of(body, lambda: encoded)
+    target = job or stray_job(custom_id, folder, max(1, len(answer.items)))
+    return result._replace(target=target, delivery=sent, answer=answer)
 
 
 def judge_call(error: Exception) -> Verdict:
     """Judge an error of the calls that are not about one image."""
-    verdict = verdict_of(error)
-    if isinstance(error, openai.APIStatusError) and verdict.action == "stop model":
-        said = mapping(error.body).get("message") or error.message
-        message = f"the Batch API, HTTP {error.status_code}: {one_line(said)}"
+    verdict, answer = verdict_of(error), error.__cause__ or error
+    if isinstance(answer, ErrorAnswer) and answer.status in (403, 404):
+        said = explanation(answer.body) or "no explanation"
+        message = f"the Batch API, HTTP {answer.status}: {one_line(said)}"
         return Verdict("fail", verdict.failure._replace(kind="batch_api", message=message))
     return verdict
 
@@ -3675,15 +4482,19 @@ class BatchClient:
         """Save the images of a line and their copies; tell whether nothing of it is left behind."""
         try:
             found = await self.run.in_saver(read_result, line, unanswered, known, self.folder)
-            return found is None or await self.conclude_result(*found)
+            return found is None or await self.conclude_result(found)
         except (ValueError, RecursionError):
             return False
         except Exception:  # noqa: BLE001 - a bug must not take the other jobs' results along
             traceback.print_exc()
             return False
 
-    async def conclude_result(self, custom_id: str, job: Job | None, delivery: Delivery) -> bool:
-        """Report what a line has brought; tell whether nothing of it is left behind."""
+    async def conclude_result(self, result: Result) -> bool:
+        """Save and report what a line has brought; tell whether nothing of it is left behind."""
+        custom_id, job, target, delivery, answer = result
+        if answer is not None:
+            saved = await bring(target, answer, self.run)
+            delivery = saved._replace(attempts=1, request_id=delivery.request_id)
         if job is None:
             kept = listing(image.path for image in delivery.images.values())
             self.run.report.warn(
@@ -3777,13 +4588,13 @@ class BatchClient:
 async def run_batches(plan: Plan, submission: Submission, report: Report) -> list[Outcome]:
     """Submit what is missing through the Batch API, wait, collect, and report each job."""
     options, halted = report.options, None
-    try:
-        if submission.is_new:
-            begin(submission, plan.jobs)
-    except OSError as error:
-        problem = f"the state of the run cannot be written to {options.out_dir}"
-        raise UsageError(f"{problem}: {one_line(error)}") from None
-    async with running(report) as run:
+    async with running(plan, report) as run:
+        try:
+            if submission.is_new:
+                begin(submission, plan.jobs)
+        except OSError as error:
+            problem = f"the state of the run cannot be written to {options.out_dir}"
+            raise UsageError(f"{problem}: {one_line(error)}") from None
         run.sending.add(asyncio.current_task())  # a second signal ends it at once
         client = BatchClient(run, submission, plan.jobs)
         try:
@@ -3794,6 +4605,7 @@ async def run_batches(plan: Plan, submission: Submission, report: Report) -> lis
         except OSError as error:
             halted = Failure("disk", f"the disk failed: {one_line(error)}")
         except asyncio.CancelledError:
+            report.interrupted = True  # also by Ctrl-C before the run took the signals over
             halted = Failure("interrupted", "interrupted", retryable=True)
         run.sending.clear()
         await client.conclude_rest(halted)
@@ -3832,8 +4644,9 @@ def print_dry_run(plan: Plan, report: Report) -> None:
 def run_plan(plan: Plan, submission: Submission | None, report: Report) -> int:
     """Run what has been checked, and return the exit code."""
     with suppress(ValueError):  # only the main thread has signals
-        # Until the run takes them over, SIGTERM ends the program as Ctrl-C does.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # Until the run takes them over, each of them ends the program as Ctrl-C does.
+        for name in ending_signals():
+            signal.signal(name, signal.default_int_handler)
     work = run_batches(plan, submission, report) if submission else run_jobs(plan, report)
     outcomes = asyncio.run(work)
     if plan.sheet is not None:
@@ -3861,7 +4674,8 @@ def run_command(arguments: Arguments) -> int:
         plan = Plan(
             jobs=tuple(find_missing(job, existing) for job in jobs),
             problems=tuple(problems),
-            sheet=Output(sheet, replace=existing != "refuse") if sheet is not None else None,
+            sheet=Output(sheet, replace=may_derive(sheet, existing)) if sheet is not None else None,
+            existing=existing,
             submitted=submission is not None and submission.submitted,
         )
         report = Report(len(plan.jobs), options)

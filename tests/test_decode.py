@@ -62,10 +62,11 @@ def test_a_bad_answer_fails_its_job_alone_and_is_not_asked_for_again(
     assert len(api.requests) == 3
     failed = next(line for line in result.json_lines if line["job"] == 2)
     assert failed["error"]["kind"] == "bad_answer"
-    # Bytes that were paid for are kept, under a name that is no image's.
+    # What was paid for is kept, under names that are no image's.
     kept = [name for name in live.names() if name not in live.images(1, 3)]
-    assert kept in ([], ["002-job-2.png.damaged"])
+    assert kept in (["002-job-2.png.answer"], ["002-job-2.png.answer", "002-job-2.png.damaged"])
     assert all(name in failed["error"]["message"] for name in kept)
+    assert Path("out/002-job-2.png.answer").stat().st_size > 0
     assert failed["error"]["maybe_billed"] is True
     assert failed["request_id"] in {request.request_id for request in api.requests}
 
@@ -75,14 +76,15 @@ def test_a_body_that_always_breaks_is_a_connection_failure(run: Run, api: Images
     result = run(*live.generate("--json", "--max-attempts", 1))
     assert "connection" in live.error(result)
     assert result.json["error"]["maybe_billed"] is True
-    assert live.names(".") == []
+    assert live.names(".") == ["fox.png.answer"]
+    assert b'"b64_json"' in Path("fox.png.answer").read_bytes()
 
 
 def test_fewer_images_are_saved_and_the_job_fails(run: Run, api: ImagesAPI) -> None:
     api.script(fewer_images(2))
     result = run(*live.generate("--n", 3, "--json"))
     assert "3" in live.error(result)
-    assert live.names(".") == ["fox-1.png", "fox-2.png"]
+    assert live.names(".") == ["fox-1.png", "fox-2.png", "fox-3.png.answer"]
     assert [image["path"] for image in result.json["outputs"]] == ["fox-1.png", "fox-2.png"]
     assert result.json["status"] == "failed"
 
@@ -90,8 +92,8 @@ def test_fewer_images_are_saved_and_the_job_fails(run: Run, api: ImagesAPI) -> N
 def test_one_bad_image_of_three_does_not_lose_the_others(run: Run, api: ImagesAPI) -> None:
     api.script(document(lambda content: content["data"][1].update(b64_json="%")))
     result = run(*live.generate("--n", 3))
-    assert "base64" in live.error(result)
-    assert live.names(".") == ["fox-1.png", "fox-3.png"]
+    assert "is empty; the answer is kept as fox-2.png.answer" in live.error(result)
+    assert live.names(".") == ["fox-1.png", "fox-2.png.answer", "fox-3.png"]
 
 
 def test_more_images_than_asked_for_are_saved_under_free_names(run: Run, api: ImagesAPI) -> None:

@@ -184,7 +184,7 @@ def test_what_is_no_gif_or_svg_by_its_bytes_is_not_saved(
     failed = run(*live.generate("--model", FLARE, "--json", out=f"made/a.{name}"))
     assert live.error(failed).startswith("an image of the answer")
     assert failed.json["error"]["kind"] == "bad_answer"
-    assert live.names("made") == [f"a.{name}.damaged"]
+    assert live.names("made") == [f"a.{name}.answer", f"a.{name}.damaged"]
     assert f"are kept as made/a.{name}.damaged" in live.error(failed)
     assert len(api.requests) == 1
 

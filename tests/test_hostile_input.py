@@ -151,7 +151,7 @@ def test_names_that_differ_only_in_case_or_composition_are_one_file_on_some_disk
 
 
 def test_names_that_differ_in_a_letter_are_two_files(run: Run) -> None:
-    jobs = ({"prompt": "a", "out": name} for name in ("straße", "strasse"))
+    jobs = ({"prompt": "a", "out": name} for name in ("straße", "strase"))
     assert len(dry.documents(dry.batch(run, *jobs))) == 2
 
 

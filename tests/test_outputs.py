@@ -225,7 +225,7 @@ def test_skip_existing_sends_nothing_for_a_job_that_is_done(run: Run) -> None:
 def test_skip_existing_asks_again_for_a_file_that_is_no_whole_image(run: Run) -> None:
     whole = Path(picture("x-1.png")).read_bytes()
     Path("x-1.png").write_bytes(whole[:-4])
-    Path("x-2.png").write_text("no image")
+    Path("x-2.png").write_bytes(b"")
     shown = dry.document(dry.generate(run, "--out", "x.png", "--n", "2", "--skip-existing"))
     assert shown["outputs"] == ["x-1.png", "x-2.png"]
 

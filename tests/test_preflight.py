@@ -534,7 +534,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
     assert len(told) == len(packages)
     for said, package in zip(told, packages, strict=True):
         assert f"the package {package} is missing" in said
-        assert f"-m pip install {package}" in said
+        assert f"-m pip install '{package}>=" in said
 
 
 def test_key_packages_and_requests_are_told_together(run: Run) -> None:

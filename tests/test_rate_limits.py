@@ -131,7 +131,7 @@ def test_quiet_says_nothing_of_pauses(run: Run, api: ImagesAPI) -> None:
 
 def test_the_pace_is_what_was_taken_between_two_pauses() -> None:
     async def paced() -> float:
-        gate = image_gen.RateGate(image_gen.Halt(), lambda _delay: None)
+        gate = image_gen.RateGate(image_gen.Halt(), 600.0, lambda _delay: None)
         now = 100.0
         gate.clock = lambda: now
         gate.sent, gate.opened_at = 6, 100.0

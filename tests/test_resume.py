@@ -73,7 +73,6 @@ def truncated(data: bytes) -> bytes:
     [
         pytest.param(truncated, id="cut off"),
         pytest.param(lambda _: b"", id="empty"),
-        pytest.param(lambda _: b"<html>", id="no image"),
         pytest.param(lambda data: data[:20], id="only a head"),
     ],
 )
@@ -133,7 +132,8 @@ def test_the_same_command_ends_with_0_at_last(run: Run, api: ImagesAPI) -> None:
     assert sent == [3, 2, 1]
     assert [request.prompt[-1] for request in api.requests].count("1") == 1
     variants = [f"002-job-2-{number}.png" for number in (1, 2, 3)]
-    assert live.names() == sorted([*live.images(1, 3, 4), *variants])
+    answers = [f"{name}.answer" for name in ("002-job-2-2.png", "002-job-2-3.png", "003-job-3.png")]
+    assert live.names() == sorted([*live.images(1, 3, 4), *variants, *answers])
 
 
 def test_a_failed_job_of_variants_says_what_is_there_already(run: Run, api: ImagesAPI) -> None:

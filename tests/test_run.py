@@ -119,7 +119,7 @@ def test_answers_do_not_pile_up_behind_the_disk(
     unsaved: list[int] = []
     saved: list[int] = []
 
-    def slow(job: image_gen.Job, answer: dict[str, Any]) -> image_gen.Delivery:
+    def slow(job: image_gen.Job, answer: image_gen.Answer) -> image_gen.Delivery:
         # Three jobs a slot are under way; nothing is saved before so many have been sent.
         api.wait_for_requests(min(30, len(saved) + 6))
         unsaved.append(len(api.requests) - len(saved))
@@ -137,7 +137,7 @@ def test_answers_do_not_pile_up_behind_the_disk(
 def test_a_bug_in_one_job_does_not_take_the_others_along(
     run: Run, api: ImagesAPI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(job: image_gen.Job, answer: dict[str, Any]) -> image_gen.Delivery:
+    def broken(job: image_gen.Job, answer: image_gen.Answer) -> image_gen.Delivery:
         if job.number == 2:
             raise ZeroDivisionError
         return save(job, answer)
@@ -150,6 +150,25 @@ def test_a_bug_in_one_job_does_not_take_the_others_along(
     assert len(api.requests) == 3
     failed = next(line for line in result.json_lines if line["job"] == 2)
     assert failed["error"]["kind"] == "internal"
+    kept = Path("out/002-job-2.png.answer")
+    assert str(kept) in failed["error"]["message"]
+    assert b"b64_json" in kept.read_bytes()
+
+
+def test_a_bug_behind_an_answer_is_told_once_and_buys_nothing_more(
+    run: Run, api: ImagesAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(job: image_gen.Job, answer: image_gen.Answer) -> image_gen.Delivery:
+        raise ZeroDivisionError(f"{job.number}, {len(answer.items)}")
+
+    monkeypatch.setattr(image_gen, "save_answer", broken)
+    result = run(*live.batch(12, "--json", "--concurrency", 2))
+    assert result.exit_code == 1
+    assert result.stderr.count("Traceback") == 1
+    assert len(api.requests) < 8
+    kept = list(Path("out").glob("*.png.answer"))
+    assert len(kept) == len(api.requests)
+    assert live.outcomes(result).count("skipped") == 12 - len(kept)
 
 
 def test_a_large_batch_is_run_to_its_end(run: Run, api: ImagesAPI) -> None:
