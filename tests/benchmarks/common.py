@@ -108,7 +108,7 @@ def measured(command: Sequence[str | Path], env: dict[str, str]) -> Child:
 
 
 class Program(NamedTuple):
-    """One of the two programs that run a batch: this project's, and a plain one."""
+    """One of the programs that run a batch: this project's, and plain ones."""
 
     name: str
     words: Callable[[Path, int, int, str], list[object]]
@@ -132,8 +132,13 @@ def plain_words(folder: Path, jobs: int, concurrency: int, size: str) -> list[ob
     return [HERE / "plain.py", folder, jobs, size, concurrency]
 
 
+def threads_words(folder: Path, jobs: int, concurrency: int, size: str) -> list[object]:
+    return [HERE / "threads.py", folder, jobs, size, concurrency]
+
+
 BATCH = Program("image_gen", batch_words)
 PLAIN = Program("bare SDK", plain_words, patience=("--retry",))
+THREADS = Program("plain threads", threads_words)
 
 
 @contextmanager
