@@ -5,7 +5,7 @@ python tests/benchmarks/memory.py
 
 from __future__ import annotations
 
-from common import BATCH, PLAIN, measured, scratch, server
+from common import BATCH, PLAIN, THREADS, measured, scratch, server
 
 JOBS = 100
 CONCURRENCY = 25
@@ -17,6 +17,7 @@ def main() -> None:
         (BATCH, ()),
         (BATCH, ("--downscale-max-dim", 1024)),
         (PLAIN, ()),
+        (THREADS, ()),
     ):
         with scratch() as folder, server(latency=1.0, pictures="noise") as api:
             measured(PLAIN.command(folder / "first", 1, 1, size=SIZE), api.env)  # draws the noise
