@@ -2753,6 +2753,12 @@ def encoded_in(item: object) -> str | bytes | None:
     return next((value for value in found if isinstance(value, str) and value), None)
 
 
+def address_in(item: object) -> str:
+    """Return the address at which an item of an answer says that its image is, or nothing."""
+    encoded = encoded_in(item)
+    return encoded if isinstance(encoded, str) and re.match("https?://", encoded) else ""
+
+
 def salvaged(body: bytes) -> list[str]:
     """Return the images of a broken answer: the strings that are whole under their keys."""
     found = re.findall(rb'"(?:b64_json|url)"\s*:\s*("(?:[^"\\]++|\\.)*+")', body)
@@ -2799,7 +2805,8 @@ def answer_of(parsed: object, raw: Callable[[], bytes], broken: Verdict | None =
     elif broken:  # what has come of it is not asked for again
         verdict = broken._replace(action="fail") if items else broken
     else:
-        verdict = Verdict("fail", Failure("bad_answer", unusable(fields), maybe_billed=True))
+        said = "" if items else unusable(fields)
+        verdict = Verdict("fail", Failure("bad_answer", said, maybe_billed=True))
     return Answer(items, fields, raw, verdict, broken is not None)
 
 
@@ -3585,26 +3592,33 @@ async def fetch(job: Job, run: Run, exchange: Exchange) -> Spool:
             raise
 
 
-async def bring(job: Job, answer: Answer, run: Run) -> Delivery:
-    """Fetch the images that an answer only names, and save what it holds."""
-    for index, item in enumerate(answer.items):
-        address = encoded_in(item)
-        if isinstance(address, str) and re.match("https?://", address):
-            try:
-                with run.in_flight():
-                    answer.items[index] = await run.channel.fetch_image(address)
-            except JobError as error:
-                message = f"the image at {address} was not fetched: {error.failure.message}"
-                answer.items[index] = bad_answer(message)
-    return await run.in_saver(save_answer, job, answer)
+async def bring(job: Job, read: Callable[[], Answer], run: Run) -> tuple[Delivery, Verdict]:
+    """Read an answer and save what it holds, or first fetch the images that it only names."""
+
+    def save_at_once() -> tuple[Answer, list[int], Delivery | None]:
+        answer = read()  # and written in the same breath: no other answer waits unpacked
+        named = [index for index, item in enumerate(answer.items) if address_in(item)]
+        return answer, named, None if named else save_answer(job, answer)
+
+    answer, named, delivery = await run.in_saver(save_at_once)
+    for index in named:
+        address = address_in(answer.items[index])
+        try:
+            with run.in_flight():
+                answer.items[index] = await run.channel.fetch_image(address)
+        except JobError as error:
+            message = f"the image at {address} was not fetched: {error.failure.message}"
+            answer.items[index] = bad_answer(message)
+    if delivery is None:
+        delivery = await run.in_saver(save_answer, job, answer)
+    return delivery, answer.verdict
 
 
 async def exchange_once(job: Job, run: Run, exchange: Exchange) -> tuple[Delivery, Verdict]:
     """Send a job's request, and save what the answer brings."""
     spool = await fetch(job, run, exchange)
     try:
-        answer = await run.in_saver(lambda: read_answer(spool.read(), spool.read, spool.broken))
-        delivery = await bring(job, answer, run)
+        return await bring(job, lambda: read_answer(spool.read(), spool.read, spool.broken), run)
     except asyncio.CancelledError:
         keep_answer(job.missing[0].path, spool.read)  # it names images that are paid for
         raise
@@ -3613,7 +3627,6 @@ async def exchange_once(job: Job, run: Run, exchange: Exchange) -> tuple[Deliver
         raise JobError(run.bug(error, kept)) from None
     finally:
         spool.close()
-    return delivery, answer.verdict
 
 
 async def deliver(job: Job, run: Run, exchange: Exchange) -> Delivery:
@@ -4493,7 +4506,7 @@ class BatchClient:
         """Save and report what a line has brought; tell whether nothing of it is left behind."""
         custom_id, job, target, delivery, answer = result
         if answer is not None:
-            saved = await bring(target, answer, self.run)
+            saved, _ = await bring(target, lambda: answer, self.run)
             delivery = saved._replace(attempts=1, request_id=delivery.request_id)
         if job is None:
             kept = listing(image.path for image in delivery.images.values())

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tests")
 
+HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # what a run takes over
 LOOPBACK = {"127.0.0.1", "::1", "localhost", b"127.0.0.1", b"localhost", "", None}
 
 
@@ -72,7 +73,7 @@ def own_signals() -> Iterator[None]:
 
     A process inherits what its parent ignores; what the parent catches, it begins with the default.
     """
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in HEARD}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
