@@ -1372,12 +1372,12 @@ def probe(file: BinaryIO) -> Picture | None:
 
 
 def probe_file(name: str) -> Picture | None:
-    """Probe a file on disk."""
-    try:
-        with open(name, "rb") as file:
-            return probe(file)
-    except OSError:
-        return None
+    """Probe a file on disk; None for what is no file, as a pipe, which would be waited for."""
+    with suppress(OSError):
+        if os.path.isfile(name):
+            with open(name, "rb") as file:
+                return probe(file)
+    return None
 
 
 # ── 7 · Plan of outputs ───────────────────────────────────────────────────────────────────────────
@@ -1443,6 +1443,8 @@ def is_derived(name: str, original: str | None = None) -> bool:
 
     A copy of an original that was small enough is that original.
     """
+    if not os.path.isfile(name):
+        return False
     with suppress(OSError), open(name, "rb") as file:
         content = file.read(MAX_ANSWER_BYTES)
         as_original = original is not None and same_content(name, original)
@@ -1893,19 +1895,24 @@ def is_loopback(host: str) -> bool:
 
 def check_packages(*, pillow: bool) -> Iterator[str]:
     """Check that the packages are there, and new enough."""
-    for module, package in (
-        (("openai", "openai"), ("PIL", "pillow")) if pillow else (("openai",) * 2,)
-    ):
-        least, version = OLDEST[package], "missing"
-        if importlib_util.find_spec(module) is not None:
-            version = metadata.version(package)
-            if [*map(int, re.findall("[0-9]+", version)[:2])] >= [*map(int, least.split("."))]:
-                continue
-        yield (
-            f"the package {package} is {version}; {least} or newer is needed: "
-            f"{sys.executable or 'python3'} -m pip install '{package}>={least}'  "
-            "(or run the script with uv run)"
-        )
+    for module, package in (("openai", "openai"), ("PIL", "pillow"))[: 1 + pillow]:
+        least = OLDEST[package]
+        try:
+            found = importlib_util.find_spec(module) is not None
+            version = metadata.version(package) if found else "missing"
+        except metadata.PackageNotFoundError:
+            continue  # it came in another way than by pip, and says no version
+        if not found or numbers_of(version) < numbers_of(least):
+            yield (
+                f"the package {package} is {version}; {least} or newer is needed: "
+                f"{sys.executable or 'python3'} -m pip install '{package}>={least}'  "
+                "(or run the script with uv run)"
+            )
+
+
+def numbers_of(version: str) -> list[int]:
+    """Return the first two numbers of a version, which compare as versions do."""
+    return [int(number) for number in re.findall("[0-9]+", version)[:2]]
 
 
 def check_environment(*, pillow: bool) -> Iterator[str]:
@@ -2080,7 +2087,7 @@ def parse_seconds(value: str, now: str | None = None) -> float | None:
     try:
         number = float(value)
     except ValueError:
-        then, since = (email_utils.parsedate_tz(date or "") for date in (value, now))
+        then, since = (email_utils.parsedate_tz(text or "") for text in (value, now))
         if then is None:
             return None
         with suppress(ValueError, OverflowError):
@@ -2739,8 +2746,10 @@ def load_json(body: bytes) -> Any:  # noqa: ANN401
 def items_of(body: Mapping[str, Any]) -> list[Any]:
     """Return what stands for the images in an answer, or in an event that says it is complete."""
     for key in ("data", "images"):
-        if found := body.get(key):
-            return found if isinstance(found, list) else [found]
+        if isinstance(found := body.get(key), list) and found:
+            return found
+        if encoded_in(found):
+            return [found]
     return [body] if encoded_in(body) else []
 
 
@@ -2760,9 +2769,14 @@ def address_in(item: object) -> str:
 
 
 def salvaged(body: bytes) -> list[str]:
-    """Return the images of a broken answer: the strings that are whole under their keys."""
+    """Return the images of a body that is broken or of an unknown shape, where they are whole.
+
+    That is the strings under the known keys, however deep, else data URLs, as in a text.
+    """
     found = re.findall(rb'"(?:b64_json|url)"\s*:\s*("(?:[^"\\]++|\\.)*+")', body)
-    return [text for text in map(load_json, found) if isinstance(text, str)]
+    texts = [text for text in map(load_json, found) if isinstance(text, str)]
+    urls_in_text = re.findall(rb"data:image\\?/[a-z+.-]+;base64,[\w+/=\\-]+", body)
+    return texts or [url.decode() for url in urls_in_text]
 
 
 def events_of(body: bytes) -> dict[str, Any]:
@@ -2787,11 +2801,12 @@ def read_answer(body: bytes, raw: Callable[[], bytes], broken: Verdict | None = 
         parsed = events_of(body)
         early = httpx2.RemoteProtocolError("the stream ended before the image")
         broken = broken or (None if parsed["data"] else verdict_of(early))
-    elif parsed is None:
+    elif not isinstance(parsed, list) and not items_of(mapping(parsed)):
         picture = probe(io.BytesIO(body))
         is_picture = picture is not None and picture.format != "svg"  # a page may hold one
-        text = body[:MAX_ERROR_BYTES].decode("utf-8", "replace")
-        parsed = {"data": [body] if is_picture else salvaged(body), "message": text}
+        text = body[:MAX_ERROR_BYTES].decode("utf-8", "replace").strip() or "it is empty"
+        fields = {"message": text} if parsed is None else mapping(parsed)
+        parsed = {**fields, "data": [body] if is_picture else salvaged(body)}
     return answer_of(parsed, raw, broken)
 
 
@@ -2999,7 +3014,7 @@ def written(folder: str, content: bytes, *, sync: bool = False) -> Iterator[str]
                 os.fsync(file.fileno())
         yield temporary
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             os.unlink(temporary)
 
 

@@ -78,6 +78,10 @@ SHAPES = {
     "no number": answered(WHOLE.replace(b"7}", b"NaN}")),
     "a number without end": answered(WHOLE.replace(b"7}", b"1e999}")),
     "a number of 5,000 digits": answered(WHOLE.replace(b"7}", b"7" * 5000 + b"}")),
+    "a list inside of the list": answered(json.dumps({"data": {"images": [item()]}}).encode()),
+    "a text with a data URL": answered(
+        json.dumps({"text": f"![fox](data:image/png;base64,{FOX_TEXT})"}).encode()
+    ),
     "its last chunk missing": changed(lambda _: broken_off(WHOLE, 2)),
 }
 
@@ -165,7 +169,7 @@ def test_an_answer_without_an_image_is_told_and_kept_without_the_key(
 
 def test_an_answer_that_is_empty_leaves_no_file(run: Run, api: ImagesAPI) -> None:
     api.script(answered(b""))
-    assert "no image" in live.error(run(*live.generate()))
+    assert live.error(run(*live.generate())) == "the answer holds no image: it is empty"
     assert live.names(".") == []
 
 
