@@ -22,7 +22,7 @@ The file, from top to bottom; a section uses only what stands above it:
     6  read                            any still picture as 8-bit planes
     7  key colour                      named, or measured at the corners or the border
     8  planes and masks
-    9  matte by colour distance        as recorded
+    9  matte by colour distance        its pixels are recorded, and never change
    10  unmixing                        the model, with one pixel worked out by hand
    10a the backdrop, and q             how much of a pixel is not key
    10b the mixture                     its chroma sharpened where it was stored coarsely
@@ -574,7 +574,9 @@ def read_picture(path: Path) -> Picture:
 
 # ── 7 · Key colour ────────────────────────────────────────────────────────────────────────────────
 
-# Recorded, as the matte of section 9: other values would give other pixels.
+# The matte of section 9 is recorded: without --unmix, what it gives for an input and options is
+# never to change by a pixel, since pictures that are made again must match those of before. These
+# values are part of it.
 CORNER_SIDE = 12
 BORDER_DEPTH = 6
 BORDER_POSITIONS = 256
@@ -733,7 +735,7 @@ def capped(planes: Planes, channels: tuple[int, ...], cap: U8) -> Planes:
 
 
 def cut_by_distance(picture: Picture, key: Colour, method: MatteMethod) -> Cutout:
-    """Alpha by distance to the key colour, exactly as recorded."""
+    """Alpha by distance to the key colour; its pixels are recorded (section 7)."""
     channels = spill_channels(key)
     distance = key_distance(picture.planes, key)
     strength, rest = key_strength_and_rest(picture.planes, channels)
@@ -772,7 +774,8 @@ def cut_by_distance(picture: Picture, key: Colour, method: MatteMethod) -> Cutou
 # F lacks the key's hue. Let D(C) be how far a channel of C that the key lights up stands above one
 # that it does not, as in the colour difference key of Petro Vlahos; of several such pairs the one
 # counts in which C is least like the key. q = 1 - D(C)/D(K) is 0 for the key and linear: q = a·q_F.
-# A grey F has D(F) = 0, hence q_F = 1 and a = q; so has any F with two equally bright channels.
+# A grey F has D(F) = 0, hence q_F = 1 and a = q. So has any F whose lit channel (of several, the
+# weaker) is exactly as bright as the brighter of the unlit ones; most colours have q_F above 1.
 #
 # F is a colour nearby. Over the few pixels from one that is certainly subject to the background, F
 # and K hardly change. That makes a an affine function of C (Levin, Lischinski and Weiss 2008, "A
@@ -1078,7 +1081,9 @@ def part_of_plateau(colour: F32, hued: Mask) -> Mask:
 def opaque_bar(q: F32, plateau: Mask) -> U8:
     """Set the bar beside a plateau at a share of its q, so that a shadow there stays a shadow."""
     lowest = around(np.where(plateau, q, np.float32(np.inf)), np.minimum)
-    return np.where(lowest < np.inf, np.rint(100 * PLATEAU_SHARE * lowest), 255).astype(np.uint8)
+    # A subject purer than the key has q below 0, for which the least bar is low enough.
+    bar = np.where(lowest < np.inf, np.rint(100 * PLATEAU_SHARE * np.maximum(lowest, 0)), 255)
+    return bar.astype(np.uint8)
 
 
 def steepest_step(colour: F32, solid: Mask) -> F32:
@@ -1185,8 +1190,9 @@ FREE_COST = 0.5  # levels that rounding costs; 0, 1: alike
 def thin_out(alpha: F32, mixture: Mixture, places: Places) -> None:
     """Take the least alpha whose colour can be shown, unless the colour is grey.
 
-    For q to be its alpha, a colour would have to be exactly as bright in the key's channel as in
-    another; light is likelier to have a full one. GIMP's "Color to Alpha" takes it for all.
+    For q to be its alpha, a colour's lit channel (of several, the weaker) would have to be exactly
+    as bright as the brighter unlit one; light is likelier to have a full channel. GIMP's "Color to
+    Alpha" takes the least for all pixels.
     """
     q, mixed = alpha.reshape(-1)[places], mixture.colours_at(places)
     key = mixture.backdrop.key[:, None]
@@ -1263,7 +1269,7 @@ SHARES_HUE = 0.9  # q; below, an opaque pixel is reported to share the key's hue
 
 
 def alpha_of(mixture: Mixture, certain: Mask, hued: Mask, *, see_through: bool) -> F32:
-    """1 where it is certain, else q, thinned out if see-through, and fitted at the edges."""
+    """Take q, or 1 where a subject shares the hue; thin it out if see-through; fit the edges."""
     alpha = np.clip(mixture.q, 0, 1)
     alpha[hued] = 1
     vague = ~(certain | mixture.background)
@@ -1376,8 +1382,8 @@ def complaints(check: SelfCheck, cutout: Cutout) -> Iterator[str]:
         )
     if check.key_hued > KEY_HUED_SHARE:
         yield (
-            f"{check.key_hued:.0%} of the subject shares the hue of {key} and is kept opaque; if "
-            "it is glass add --subject translucent, better make it again on another key colour"
+            f"{check.key_hued:.0%} of the subject shares the hue of {key}; make it again on "
+            "another key colour, or if it is glass use --unmix with --subject translucent"
         )
     if check.sides_cut:
         cut = " and ".join(check.sides_cut)
@@ -1475,7 +1481,7 @@ def tell(line: str) -> None:
 
 
 def text_lines(outcome: Done | Failed) -> list[str]:
-    """Say what was written, in the recorded words."""
+    """Say what was written, in words that programs which read them rely on."""
     if isinstance(outcome, Failed):
         return []
     pixels = outcome.size[0] * outcome.size[1]

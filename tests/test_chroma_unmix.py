@@ -98,6 +98,14 @@ def test_a_subject_that_shares_the_hue_of_the_key_gets_no_holes(
     assert recomposite_psnr(cut, truth) > 28
 
 
+def test_a_subject_that_is_purer_than_the_key_gets_no_holes(tmp_path: Path) -> None:
+    truth = disc((5, 150, 5))
+    truth.colour[:, ::2, 1] -= 8
+    truth.colour[:, 1::2, 1] += 8
+    cut = cut_out(tmp_path, truth.composite((60, 200, 60)), *UNMIX)
+    assert (cut[..., 3][truth.alpha == 1] == 255).mean() > 0.9
+
+
 @pytest.mark.parametrize("noise", [1.0, 2.0, 4.0])
 def test_noise_in_the_background_leaves_no_haze(noise: float, tmp_path: Path) -> None:
     truth = disc((128, 120, 110))
