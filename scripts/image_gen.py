@@ -116,6 +116,7 @@ if TYPE_CHECKING:
     from typing import BinaryIO, Literal, NoReturn, TypeAlias, TypeVar
     from urllib import parse as urls
 
+    import httpcore2
     import httpx2
     import jiter
     import openai
@@ -140,7 +141,8 @@ else:
     random, resource, signal, tempfile = map(Lazy, ("random", "resource", "signal", "tempfile"))
     traceback, email_utils, urls = map(Lazy, ("traceback", "email.utils", "urllib.parse"))
     futures, importlib_util = map(Lazy, ("concurrent.futures", "importlib.util"))
-    metadata, stat, threading = map(Lazy, ("importlib.metadata", "stat", "threading"))
+    httpcore2, metadata = map(Lazy, ("httpcore2", "importlib.metadata"))
+    stat, threading = map(Lazy, ("stat", "threading"))
     ExifTags, Image, ImageDraw = map(Lazy, ("PIL.ExifTags", "PIL.Image", "PIL.ImageDraw"))
     ImageFont, ImageOps = map(Lazy, ("PIL.ImageFont", "PIL.ImageOps"))
     ImageSequence, PngImagePlugin = map(Lazy, ("PIL.ImageSequence", "PIL.PngImagePlugin"))
@@ -171,7 +173,9 @@ MAX_PATH_BYTES = 4095
 LONGEST_ADDITION = len("-alt-9999.damaged")  # to the name of an image; a long one is cut for it
 WINDOWS_CHARACTERS = '< > : " | ? *'
 WINDOWS_REFUSES = re.compile(
-    r'[<>:"|?*\x00-\x1f]|[ .]$|^(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?$', re.IGNORECASE
+    r'[<>:"|?*\x00-\x1f]|[ .]$|'
+    r"^(con|prn|aux|nul|con(in|out)\$|com[0-9¹²³]|lpt[0-9¹²³]) *(\..*)?$",
+    re.IGNORECASE,
 )
 MIN_SECRET = 8  # characters; a shorter key is a stand-in, and may be part of any word
 MAX_ANSWER_BYTES = 64 * 1024 * 1024  # for each image, unpacked; raw 4K pixels are half of it
@@ -2013,6 +2017,7 @@ def as_json(value: object, *, indent: int | None = None) -> str:
 #                 │                                        └─► fail, stop model, stop run: JobError
 #                 └───────────────────────────────────────────────────────────────────────────────┘
 #
+# An answer without an image comes back with a Verdict, too, when section 11 has read it (recover).
 # Patience is the only retry rule: the SDK's own retries are off, so that one layer counts.
 
 NO_MONEY_CODES = (
@@ -2065,6 +2070,7 @@ BACK_OFF_SECONDS = 0.5
 MAX_BACK_OFF_SECONDS = 30.0
 LEAST_ADVICE_SECONDS = 0.01  # "now", or a date that has passed by our clock, is no advice
 CONNECT_SECONDS = 20.0
+READ_BYTES = 256 * 1024  # at once from a connection
 UNREACHABLE = "a sandbox or a proxy may refuse it, see references/codex-network.md"
 LEAST_DOUBTS = 3  # requests that may have been billed for nothing before the run gets careful
 # The first requests leave one after the other, so that a small limit shows before all are out.
@@ -2421,9 +2427,10 @@ def file_part(stack: ExitStack, path: str, name: str) -> tuple[str, BinaryIO, st
     """
     flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, os.O_RDONLY | flags)
-    file = stack.enter_context(os.fdopen(descriptor, "rb"))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise OSError(f"{path} is no regular file any more")
+    file = stack.enter_context(os.fdopen(descriptor, "rb"))
     picture = probe(file)
     file.seek(0)
     if picture is None:
@@ -2537,6 +2544,8 @@ class Channel:
         self.timeout = httpx2.Timeout(
             options.timeout, connect=min(options.timeout, CONNECT_SECONDS)
         )
+        # 64 KiB, as the HTTP library has it, cost a run of 4K images a sixth more time.
+        httpcore2.AsyncHTTP11Connection.READ_NUM_BYTES = READ_BYTES
         try:
             self.client = openai.AsyncOpenAI(
                 max_retries=0,
@@ -2627,11 +2636,13 @@ class Channel:
         if not exchange.sent:
             self.halt.check(job)
         self.heed(job, verdict)
+        if exchange.drafts:
+            message = f"{failure.message}; what had come is kept: {listing(exchange.drafts)}"
+            failure = failure._replace(message=message, maybe_billed=True)
         if failure.maybe_billed:
             self.doubt(failure)
         if exchange.drafts:  # the image was half made: another request would be paid for again
-            message = f"{failure.message}; what had come is kept: {listing(exchange.drafts)}"
-            raise JobError(failure._replace(message=message, maybe_billed=True))
+            raise JobError(failure)
         try:
             delay = patience.after(verdict)
         except JobError:
@@ -2661,14 +2672,15 @@ class Channel:
             self.halt.models.setdefault(job.request.model, verdict.failure)
 
     def doubt(self, failure: Failure) -> None:
-        """Count a request that may have been billed for nothing; be careful, then stop."""
+        """Count a request that may have been billed for nothing; be careful, then stop the run."""
         self.doubts += 1
         since = f"{self.doubts} requests in a row may have been billed without an image"
         if self.doubts == self.most_doubts:
             self.note(f"{since}; going on with one request at a time")
         elif self.doubts >= self.most_doubts + LEAST_DOUBTS:
-            message = f"{since}, the last one: {failure.message}"
-            self.halt.stop_all(failure._replace(message=message))
+            failure = failure._replace(message=f"{since}, the last one: {failure.message}")
+            self.halt.stop_all(failure)
+            raise JobError(failure)
 
     async def fetch_image(self, address: str) -> bytes:
         """GET an image that an answer names instead of bringing it, again and again if need be.
@@ -2712,6 +2724,12 @@ class Channel:
 
 
 # ── 11 · Decode and post-process ──────────────────────────────────────────────────────────────────
+#
+#   body ─┬─► load_json: JSON, also with something behind it ─► items_of ─┐
+#         ├─► events_of: a stream of events ─► items_of ──────────────────┼─► Answer ─► save_answer
+#         └─► salvaged: whatever is whole in anything else ───────────────┘
+#
+# An item is base64, an address whose image is fetched (bring, in section 14), or bytes.
 
 
 class Answer(NamedTuple):
@@ -2739,7 +2757,8 @@ def load_json(body: bytes) -> Any:  # noqa: ANN401
         return jiter.from_json(body)
     except ValueError:  # it is stricter, too: bytes behind the end, half a surrogate pair
         with suppress(ValueError, RecursionError):
-            return json.JSONDecoder().raw_decode(body.decode("utf-8-sig", "replace").lstrip())[0]
+            text = body.removeprefix(b"\xef\xbb\xbf").decode(errors="replace")
+            return json.JSONDecoder().raw_decode(text.lstrip())[0]
     return None
 
 
@@ -3589,6 +3608,15 @@ async def keep_draft(job: Job, run: Run, exchange: Exchange, encoded: object) ->
         run.report.note(f"{job.where}draft {count + 1}: {saved}")
 
 
+def heed_error(job: Job, run: Run, spool: Spool) -> None:
+    """Stop what an answer says is over, whatever its status, before its slot is free again."""
+    if spool.size < MAX_ERROR_BYTES:
+        with suppress(Exception):  # a bug shows where the answer is read to be saved
+            answer = read_answer(spool.read(), spool.read)
+            if not answer.items:
+                run.channel.heed(job, answer.verdict)
+
+
 async def fetch(job: Job, run: Run, exchange: Exchange) -> Spool:
     """Return the raw answer to a job's request. Holds a slot, for the network only."""
     async with run.slots:
@@ -3597,10 +3625,7 @@ async def fetch(job: Job, run: Run, exchange: Exchange) -> Spool:
             with run.in_flight():
                 on_draft = functools.partial(keep_draft, job, run, exchange)
                 spool = await run.channel.send(job, exchange, on_draft)
-                if spool.size < MAX_ERROR_BYTES:  # it may be an error, whatever its status
-                    answer = read_answer(spool.read(), spool.read)
-                    if not answer.items:
-                        run.channel.heed(job, answer.verdict)
+                heed_error(job, run, spool)
                 return spool
         except JobError as error:
             run.heed(job, error.failure)  # before the slot is free for another job
@@ -3655,7 +3680,8 @@ async def deliver(job: Job, run: Run, exchange: Exchange) -> Delivery:
             await run.channel.recover(job, exchange, verdict._replace(failure=delivery.failure))
     except StoppedError as error:
         if not (exchange.patience.attempts and exchange.sent):
-            return Delivery(failure=error.failure, held_back=True)
+            unbilled = error.failure._replace(maybe_billed=False)
+            return Delivery(failure=unbilled, held_back=True)
         return Delivery(failure=exchange.patience.last)
     except JobError as error:
         run.heed(job, error.failure)
@@ -3773,11 +3799,11 @@ def prove_folders(plan: Plan) -> None:
     made: list[str] = []
     for folder in dict.fromkeys(map(os.path.dirname, paths)):
         try:
-            made += make_folder(folder)
+            made[:0] = make_folder(folder)
             with written(folder, bytes(PROOF_BYTES), sync=True):
                 pass
         except OSError as error:
-            for name in reversed(made):
+            for name in made:
                 with suppress(OSError):
                     os.rmdir(name)
             problem = f"nothing can be written in {folder or '.'}: {error.strerror or error}"

@@ -83,6 +83,7 @@ PATIENCE = 120.0
 IMAGES = "POST /v1/images/"
 GENERATIONS = "POST /v1/images/generations"
 EDITS = "POST /v1/images/edits"
+STORED = "GET /stored/{name}"
 
 # ---------------------------------------------------------------------------------------------
 # Records: what came in and what goes out
@@ -900,6 +901,18 @@ def always(answer: Answer) -> Reply:
     return reply
 
 
+def answered(
+    body: bytes,
+    *,
+    number: int = 200,
+    content_type: str = "application/json",
+    headers: Mapping[str, str] | None = None,
+) -> Reply:
+    """A body as it is, whatever was asked for."""
+    answer = Answer.of(body, status=number)
+    return always(replace(answer, content_type=content_type, headers=headers or {}))
+
+
 def ok() -> Reply:
     """The ordinary answer, for a place in a script where nothing is wrong."""
     return changed(lambda answer: answer)
@@ -1459,6 +1472,7 @@ class ImagesAPI:
         self._crash: Exception | None = None
         self._holding = False
         self._held: deque[asyncio.Event] = deque()
+        self._stored: dict[str, bytes] = {}
         self._service = BatchService(
             draw=lambda order: b"".join(images_document(order, self._look(order))),
             failure_for=self._scripted_failure,
@@ -1550,6 +1564,11 @@ class ImagesAPI:
     def files(self) -> list[StoredFile]:
         return list(self._service.files.values())
 
+    def store(self, name: str, content: bytes) -> str:
+        """The address at which anyone may fetch these bytes."""
+        self._stored[name] = content
+        return f"{self.base_url.removesuffix('/v1')}/stored/{name}"
+
     def hold(self) -> None:
         """From now on requests for images are kept in flight until they are released."""
         self._holding = True
@@ -1633,7 +1652,8 @@ class ImagesAPI:
 
     async def _answer(self, request: Request, endpoint: Endpoint) -> Answer:
         try:
-            if "authorization" not in request.headers:
+            is_open = request.route == STORED  # signed addresses need no key
+            if "authorization" not in request.headers and not is_open:
                 raise RefusedError(status(401, "You didn't provide an API key."))  # noqa: TRY301
             if request.is_for_images:
                 self._count()
@@ -1693,6 +1713,12 @@ class ImagesAPI:
                     return reply
         return None
 
+    def _stored_endpoint(self, request: Request) -> Ordinary:
+        async def serve() -> Answer:
+            return Answer.of(self._stored[request.parameters["name"]])
+
+        return serve
+
     def _not_found(self, request: Request) -> Ordinary:
         raise RefusedError(status(404, f"Invalid URL ({request.method} {request.path})"))
 
@@ -1717,6 +1743,7 @@ class ImagesAPI:
         endpoints: dict[str, Endpoint] = {
             GENERATIONS: self._image_endpoint,
             EDITS: self._image_endpoint,
+            STORED: self._stored_endpoint,
             # These judge when they act: nothing is scripted or held between the two.
             **{route: partial(partial, method) for route, method in service.items()},
             "* /{path:.*}": self._not_found,
