@@ -77,7 +77,7 @@ LOADS = (
 
 def run(program: Program, load: Load, api: Server, folder: Path) -> Run:
     os.sync()  # what the run before has left to be written
-    one = measured(program.command(folder / "one", 1, 1, size=load.size), api.env)
+    one = measured(program.command(folder / "one", 1, 1, *load.flags, size=load.size), api.env)
     skip = len(api.requests)
     command = program.command(
         folder / "all", load.jobs, load.concurrency, *load.flags, size=load.size
