@@ -32,6 +32,7 @@ from remove_chroma_key import (
     has_subsampled_chroma,
     hue_pairs,
     key_free_share,
+    parts_of,
     project,
     sharpen_chroma,
     unmixed_colour,
@@ -39,6 +40,7 @@ from remove_chroma_key import (
 
 if TYPE_CHECKING:
     from chroma_oracle import U8, Colour
+    from numpy.typing import NDArray
 
 UNMIX = ("--auto-key", "border", "--unmix")
 GREEN: Colour = (0, 255, 0)
@@ -222,6 +224,104 @@ def test_subsampled_chroma_is_told_from_full_chroma(*, subsampled: bool, pixels:
     assert has_subsampled_chroma((red, green, blue)) is subsampled
 
 
+# ── The ground as image models paint it ──────────────────────────────────────────────────────────
+
+
+def painted_ground(size: int, *, seed: int = 3) -> NDArray[np.float64]:
+    """Green with noise of a level, blotches of 5, and corners 30 levels off."""
+    random = np.random.default_rng(seed)
+    ground = np.full((size, size, 3), (6.0, 246.0, 9.0))
+    ground += random.normal(0, 1, ground.shape)
+    rows, columns = grid(size, 1)
+    near = np.exp(-np.abs(np.hypot(rows - size / 2, columns - size / 2) - size / 3) / 8)
+    blotches = np.sin(rows / 2.5) * np.cos(columns / 2.5)
+    ground += 5 * (near * blotches)[..., None] * np.array((1, -1, 1))
+    ground[[0, 0, -1, -1], [0, -1, 0, -1]] += (30, -20, 25)
+    return ground
+
+
+def test_a_painted_background_comes_out_empty(tmp_path: Path) -> None:
+    truth = disc((110, 90, 70), size=160, radius=50)
+    pixels = np.clip(np.rint(truth.on(painted_ground(160))), 0, 255).astype(np.uint8)
+    alpha = cut_out(tmp_path, pixels, *UNMIX)[..., 3]
+    assert not alpha[~dilate(truth.alpha > 0, 2)].any()
+    assert (alpha[truth.alpha == 1] == 255).all()
+
+
+def test_an_enclosed_area_that_is_off_the_key_is_no_blot(tmp_path: Path) -> None:
+    rows, columns = grid(160)
+    distance = np.hypot(rows - 80, columns - 80)
+    ring = supersampled(160, (distance < 50) & (distance > 8))
+    ground = painted_ground(160)
+    ground[supersampled(160, distance <= 8) > 0] += (24, -20, 16)
+    truth = Subject(colour=flat(160, (110, 90, 70)), alpha=ring)
+    pixels = np.clip(np.rint(truth.on(ground)), 0, 255).astype(np.uint8)
+    alpha = cut_out(tmp_path, pixels, *UNMIX)[..., 3]
+    assert alpha[76:85, 76:85].max() < 16
+
+
+def test_a_faint_wide_shadow_is_kept_on_a_painted_background(tmp_path: Path) -> None:
+    rows, columns = grid(160, 1)
+    shadow = np.clip(0.3 - np.hypot((rows - 110) * 2, columns - 80) / 200, 0, 1)
+    truth = Subject(colour=flat(160, (0, 0, 0)), alpha=shadow)
+    pixels = np.clip(np.rint(truth.on(painted_ground(160))), 0, 255).astype(np.uint8)
+    cut = cut_out(tmp_path, pixels, *UNMIX)
+    assert np.abs(cut[..., 3] / 255 - shadow)[shadow > 0.05].mean() < 0.02
+
+
+def test_a_shadow_and_a_glow_of_some_colour_are_no_opaque_blots(tmp_path: Path) -> None:
+    rows, columns = grid(200, 1)
+    body = supersampled(200, np.abs(grid(200)[0] - 60) < 35)
+    faint = 0.3 * np.exp(-np.square((rows - 150) / 14) - np.square((columns - 100) / 24))
+    alpha = body + faint * (1 - body)
+    colour = np.where(body[..., None] > 0, flat(200, (60, 40, 20)), flat(200, (38, 11, 12)))
+    truth = Subject(colour=colour, alpha=alpha)
+    cut = cut_out(tmp_path, truth.composite((250, 3, 248), noise=0.7), *UNMIX)
+    assert cut[100:, :, 3].max() < 0.45 * 255
+
+
+def test_a_yellow_subject_does_not_share_the_hue_of_an_uneven_magenta(tmp_path: Path) -> None:
+    truth = disc((250, 205, 20))
+    source = save(tmp_path / "in.png", truth.composite((203, 6, 162), noise=0.7))
+    outcome = run("--input", source, "--out", tmp_path / "out.png", *UNMIX)
+    assert outcome.stderr == ""
+    assert (load(tmp_path / "out.png")[..., 3][truth.alpha == 1] == 255).all()
+
+
+def test_a_textured_body_of_nearly_the_key_s_hue_is_opaque_inside(tmp_path: Path) -> None:
+    truth = disc((104, 108, 24), size=192, radius=80)
+    texture = np.random.default_rng(5).normal(0, 12, (96, 96)).repeat(2, axis=0).repeat(2, axis=1)
+    truth.colour[...] = np.clip(truth.colour + texture[..., None] * (1, 0.9, 0.5), 0, 255)
+    alpha = cut_out(tmp_path, truth.composite((4, 248, 6), noise=0.7), *UNMIX)[..., 3]
+    rows, columns = grid(192, 1)
+    deep = np.hypot(rows - 96, columns - 96) < 60
+    assert (alpha[deep] == 255).mean() > 0.9
+
+
+@given(seed=st.integers(0, 9999))
+def test_parts_of_a_mask_are_what_a_flood_reaches(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    mask = random.random(random.integers(1, 16, 2)) < random.choice([0.2, 0.4, 0.6])
+    field = random.integers(1, 200, mask.shape).astype(np.uint8)
+    sizes, largest, at_border, left = [], [], [], {(int(y), int(x)) for y, x in np.argwhere(mask)}
+    while left:
+        flood, fresh = set(), {min(left)}
+        while fresh:
+            flood |= fresh
+            around = {(y + i, x + j) for y, x in fresh for i in (-1, 0, 1) for j in (-1, 0, 1)}
+            fresh = (around & left) - flood
+        left -= flood
+        sizes.append(len(flood))
+        largest.append(max(field[place] for place in flood))
+        edges = {0, mask.shape[0] - 1}, {0, mask.shape[1] - 1}
+        at_border.append(any(y in edges[0] or x in edges[1] for y, x in flood))
+    parts = parts_of(mask)
+    assert parts.sizes().tolist() == sizes
+    assert parts.largest(field).tolist() == largest
+    assert parts.at_border().tolist() == at_border
+    assert (parts.mask(np.ones(len(sizes), np.bool_)) == mask).all()
+
+
 # ── --subject ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -292,7 +392,8 @@ def test_the_pixel_that_is_worked_out_by_hand_comes_out_as_written(tmp_path: Pat
     [
         pytest.param(GREEN, [(1, 0), (1, 2)], id="green"),
         pytest.param((255, 0, 255), [(0, 1), (2, 1)], id="magenta"),
-        pytest.param((255, 200, 0), [(0, 2)], id="a nearly lit channel says nothing"),
+        pytest.param((203, 6, 162), [(0, 1), (2, 1)], id="a magenta that is off by 41"),
+        pytest.param((255, 100, 0), [(0, 1), (0, 2)], id="a channel below the middle is unlit"),
         pytest.param((120, 120, 120), [], id="grey has no hue"),
     ],
 )
