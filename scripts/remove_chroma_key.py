@@ -619,6 +619,17 @@ def key_of(planes: Planes, job: Job) -> Colour:
     return red, green, blue
 
 
+def check_border(picture: Picture, job: Job) -> None:
+    """Stop where the key would be measured on pixels that nobody sees."""
+    if picture.alpha is None or not isinstance(job.method, UnmixMethod) or job.auto_key == "none":
+        return
+    if np.median(border_samples((picture.alpha,) * 3)) == 0:
+        raise ChromaKeyError(
+            "its border is transparent already, so there is no key to measure; use it as it is, or "
+            "name the key with --key-color"
+        )
+
+
 def spill_channels(key: Colour) -> tuple[int, ...]:
     """Channels that the key colour lights up: (1,) for green, (0, 2) for magenta, () for black."""
     floor = max(SPILL_CHANNEL_MIN, max(key) - SPILL_CHANNEL_SLACK)
@@ -1143,7 +1154,9 @@ def veil_of(colour: F32, distance: U8, backdrop: Backdrop) -> Mask:
 def find_background(colour: F32, distance: U8, backdrop: Backdrop, *, lossy: bool) -> Mask:
     """Find the pixels that are nothing but ground: blotches count, edges and veils do not."""
     grain = max(backdrop.grain, LOSSY_GRAIN if lossy else 0)
-    subject = veil_of(colour, distance, backdrop) | dilate(distance > EDGE_FROM, 1)
+    subject = veil_of(colour, distance, backdrop._replace(grain=grain)) | dilate(
+        distance > EDGE_FROM, 1
+    )
     blotches = np.float32(backdrop.farthest + BLOTCH_GRAINS * grain)
     background: Mask = distance <= np.where(subject, np.float32(backdrop.farthest), blotches)
     return background
@@ -1180,7 +1193,7 @@ CERTAIN_Q = 0.97  # above, what is away from the edges is certainly subject; 0.9
 EVEN_Q = 0.25  # q varies more than that only where edges cross a cell; 0.4: -0.7 dB
 SAME_COLOUR = 20  # levels between neighbouring cells of a plateau; 14: alike; 28: -0.1 dB
 FAR = 68
-FAR = 74  # levels from the key; nearer, only what is flat is a plateau; 68: blots in a shadow;
+FAR = 71  # levels from the key; nearer, only what is flat is a plateau; 68: blots in a shadow;
 # 80: a purple orb on magenta fades at its rim; where the key's own tone is painted, all is near
 BODY_MEAN, BODY_Q = 0.95, 0.85  # of q around a cell, and of a pixel of it, that is opaque
 LIKE_CELLS = 6  # of 3x3, itself included, make the core of a plateau; 5: -0.1 dB; 7: alike
@@ -1341,6 +1354,7 @@ def judge_areas(cells: Cells, backdrop: Backdrop, subject: str) -> HuedAreas:
 EVEN_HUNDREDTHS = 5  # of q, in the flat middle of a thin stroke; 3: 0.1 % more holes; 8: -0.2 dB
 STROKE_DISTANCE = 2  # pixels from the background to such a middle; 1, 3: -0.3, +0.1 dB
 STROKE_DOUBT = 3  # deviations of the backdrop, divided by q, by which that colour may be wrong
+STROKE_REACH = 12  # … and at most; a soft shadow is wider; 6: 0.3 % more holes where hues are alike
 STROKE_COLOUR = 14  # levels between channels that are no grey; 8: -0.1 dB; 24: alike
 
 
@@ -1351,7 +1365,7 @@ def certain_pixels(mixture: Mixture, areas: HuedAreas) -> tuple[Mask, Mask]:
     hued = inner & (q < 1) & (hundredths >= enlarge(areas.opaque_from, q.shape, CELL))
     highest, lowest = around(hundredths, np.maximum), around(hundredths, np.minimum)
     even = (highest - lowest <= EVEN_HUNDREDTHS) & (q < CERTAIN_Q)
-    even &= ~dilate(mixture.faint, STROKE_DISTANCE)
+    even &= ~dilate(mixture.faint, STROKE_DISTANCE) & dilate(mixture.faint, STROKE_REACH)
     strokes = np.flatnonzero(even & enlarge(areas.may_be_opaque, q.shape, CELL))
     colours, key = mixture.colours_at(strokes), mixture.backdrop.key
     unmixed = unmixed_colour(colours, q.reshape(-1)[strokes], key)  # grey where q is alpha
@@ -1752,6 +1766,7 @@ def run_job(job: Job) -> Done | Failed:
     """Cut one picture out; every expected failure becomes an outcome."""
     try:
         picture = read_picture(job.source)
+        check_border(picture, job)
         key = key_of(picture.planes, job)
         if isinstance(job.method, UnmixMethod):
             cutout = cut_by_unmixing(picture, key, job.method)

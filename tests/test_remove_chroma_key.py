@@ -154,6 +154,16 @@ def test_a_subject_that_is_cut_by_the_picture_is_warned_of(tmp_path: Path) -> No
     assert "cut by the bottom" in warned(tmp_path, grey_disc()[:60], *UNMIX)
 
 
+def test_a_cut_out_is_not_cut_out_once_more(picture: Path, tmp_path: Path) -> None:
+    once, twice = tmp_path / "once.png", tmp_path / "twice.png"
+    assert run("--input", picture, "--out", once, *UNMIX).exit_code == 0
+    outcome = run("--input", once, "--out", twice, *UNMIX)
+    assert outcome.exit_code == 1
+    assert "its border is transparent already" in outcome.errors[0]
+    assert not twice.exists()
+    assert run("--input", once, "--out", twice, "--unmix").exit_code == 0
+
+
 # ── Refused before anything is done ──────────────────────────────────────────────────────────────
 
 REFUSED = [
