@@ -1874,14 +1874,16 @@ def check_base_url(value: str | None) -> Iterator[str]:
     """Check OPENAI_BASE_URL, which may hold secrets: what is refused is not always shown."""
     if value is None:
         return
-    if "@" in value.partition("?")[0]:
+    authority = re.split("[/?#]", value.partition("://")[2] or value)[0]
+    shown = "is not shown, for it may hold a password: it" if "@" in value else received(value)
+    if "@" in authority:
         yield "OPENAI_BASE_URL holds a user or a password; give the key in OPENAI_API_KEY instead"
     elif not value.strip():
         yield "OPENAI_BASE_URL is set and empty; unset it, or give the address of the API"
     elif value != value.strip():
         yield "OPENAI_BASE_URL begins or ends with white space; take it away"
     elif not value.startswith(("http://", "https://")) or not has_host(value):
-        yield f"OPENAI_BASE_URL {received(value)} has to begin with https:// and a host"
+        yield f"OPENAI_BASE_URL {shown} has to begin with https:// and a host"
     elif value.startswith("http:") and not is_loopback(urls.urlsplit(value).hostname or ""):
         yield Notice(
             "OPENAI_BASE_URL begins with http://: the key, the prompts and the images cross the "
@@ -4539,8 +4541,8 @@ class BatchClient:
             return found is None or await self.conclude_result(found)
         except (ValueError, RecursionError):
             return False
-        except Exception:  # noqa: BLE001 - a bug must not take the other jobs' results along
-            traceback.print_exc()
+        except Exception as error:  # noqa: BLE001 - the results stay with the API, to be fetched anew
+            self.run.bug(error)
             return False
 
     async def conclude_result(self, result: Result) -> bool:

@@ -740,34 +740,52 @@ def test_an_error_file_without_an_output_file_gives_each_job_its_error(
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("kept", "change"),
     [
-        pytest.param(lambda line: line.update(response=None, error="gone"), id="error is text"),
-        pytest.param(lambda line: line.update(response="gone"), id="response is text"),
-        pytest.param(lambda line: line.update(response=[1]), id="response is a list"),
-        pytest.param(lambda line: line.update(response={"status_code": "200"}), id="text status"),
-        pytest.param(lambda line: line["response"].update(body=None), id="no body"),
-        pytest.param(lambda line: line["response"].update(body="gone"), id="body is text"),
+        pytest.param("", lambda line: line.update(response=None, error="gone"), id="error is text"),
+        pytest.param("", lambda line: line.update(response="gone"), id="response is text"),
+        pytest.param("", lambda line: line.update(response=[1]), id="response is a list"),
         pytest.param(
-            lambda line: line["response"].update(status_code=502, body="gone"), id="502 with text"
+            "", lambda line: line.update(response={"status_code": "200"}), id="text status"
+        ),
+        pytest.param("answer", lambda line: line["response"].update(body=None), id="no body"),
+        pytest.param(
+            "answer damaged", lambda line: line["response"].update(body="gone"), id="body is text"
         ),
         pytest.param(
+            "",
+            lambda line: line["response"].update(status_code=502, body="gone"),
+            id="502 with text",
+        ),
+        pytest.param(
+            "",
             lambda line: line["response"].update(status_code=500, body={"error": "gone"}),
             id="500 with text",
         ),
-        pytest.param(lambda line: line["response"]["body"].update(data=[]), id="no image"),
-        pytest.param(lambda line: line["response"]["body"].update(data=[7]), id="no base64"),
+        pytest.param(
+            "answer", lambda line: line["response"]["body"].update(data=[]), id="no image"
+        ),
+        pytest.param(
+            "answer", lambda line: line["response"]["body"].update(data=[7]), id="no base64"
+        ),
     ],
 )
 def test_an_odd_result_fails_its_job_alone(
-    run: Run, api: ImagesAPI, change: Callable[[Json], object]
+    run: Run, api: ImagesAPI, kept: str, change: Callable[[Json], object]
 ) -> None:
     api.plan_batch(changed(lambda line: line["custom_id"] == "job-1" and change(line)))
     result = run(*queued(3, "--json"))
     assert (result.exit_code, live.outcomes(result)) == (1, ["failed", "done", "done"])
     assert "Traceback" not in result.stderr
     assert failures(result)[1]["kind"] != "internal"
-    assert [name for name in made() if "001-job-1.png." not in name] == live.images(2, 3)
+    names = [f"001-job-1.png.{suffix}" for suffix in kept.split()]
+    assert made() == [*names, *live.images(2, 3)]
+    for name in names:
+        assert f"kept as out/{name}" in failures(result)[1]["message"]
+    if kept:  # as it came: a whole line, in which nothing is left to be changed
+        line, again = (json.loads(Path("out", names[0]).read_bytes()) for _ in range(2))
+        change(again)
+        assert (line["custom_id"], line) == ("job-1", again)
 
 
 @pytest.mark.parametrize(
@@ -893,7 +911,7 @@ def test_fail_fast_means_nothing_to_a_copy_that_cannot_be_made(run: Run, api: Im
     result = run(*queued(3, *flags))
     assert sorted(live.outcomes(result)) == ["done", "done", "failed"]
     assert failures(result)[1]["kind"] == "downscale"
-    assert len(made()) == 5
+    assert made() == sorted([*live.images(1, 2, 3), "002-job-2-web.png", "003-job-3-web.png"])
 
 
 def test_a_picture_that_someone_put_there_meanwhile_is_kept_and_ours_saved_beside_it(

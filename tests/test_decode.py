@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,30 +33,42 @@ from PIL import Image, ImageCms
 
 if TYPE_CHECKING:
     from cli import Run
-    from images_api import ImagesAPI, Reply
+    from images_api import Answer, ImagesAPI, Ordinary, Reply
+
+
+def noted(reply: Reply, bodies: list[bytes]) -> Reply:
+    """The same reply, whose body is put down as it is sent."""
+
+    async def note(ordinary: Ordinary) -> Answer:
+        answer = await reply(ordinary)
+        bodies.append(answer.whole())
+        return answer
+
+    return note
 
 
 @pytest.mark.parametrize(
-    "reply",
+    ("reply", "damaged"),
     [
-        pytest.param(html(200), id="HTML"),
-        pytest.param(wrong_base64(), id="wrong base64"),
-        pytest.param(truncated_image(), id="image cut off"),
-        pytest.param(not_an_image(), id="no image"),
-        pytest.param(image_bytes(lambda _: b""), id="empty image"),
-        pytest.param(image_bytes(lambda data: data[:30]), id="only a head"),
-        pytest.param(empty_data(), id="empty list"),
-        pytest.param(no_data(), id="no data"),
-        pytest.param(document(lambda d: d.update(data={"b64_json": ""})), id="data no list"),
-        pytest.param(document(lambda d: d.update(data=[None])), id="null for an image"),
-        pytest.param(document(lambda d: d.update(data=[{"url": "x"}])), id="a URL"),
-        pytest.param(document(lambda d: d.update(data=[{"b64_json": 7}])), id="a number"),
+        pytest.param(html(200), None, id="HTML"),
+        pytest.param(wrong_base64(), None, id="wrong base64"),
+        pytest.param(truncated_image(), 560, id="image cut off"),
+        pytest.param(not_an_image(), 25, id="no image"),
+        pytest.param(image_bytes(lambda _: b""), None, id="empty image"),
+        pytest.param(image_bytes(lambda data: data[:30]), 30, id="only a head"),
+        pytest.param(empty_data(), None, id="empty list"),
+        pytest.param(no_data(), None, id="no data"),
+        pytest.param(document(lambda d: d.update(data={"b64_json": ""})), None, id="data no list"),
+        pytest.param(document(lambda d: d.update(data=[None])), None, id="null for an image"),
+        pytest.param(document(lambda d: d.update(data=[{"url": "x"}])), None, id="a URL"),
+        pytest.param(document(lambda d: d.update(data=[{"b64_json": 7}])), None, id="a number"),
     ],
 )
 def test_a_bad_answer_fails_its_job_alone_and_is_not_asked_for_again(
-    run: Run, api: ImagesAPI, reply: Reply
+    run: Run, api: ImagesAPI, reply: Reply, damaged: int | None
 ) -> None:
-    api.script_for("job 2", reply)
+    bodies: list[bytes] = []
+    api.script_for("job 2", noted(reply, bodies))
     result = run(*live.batch(3, "--json"))
     assert live.error(result).startswith("line 2: ")
     assert live.outcomes(result) == ["done", "failed", "done"]
@@ -64,27 +77,37 @@ def test_a_bad_answer_fails_its_job_alone_and_is_not_asked_for_again(
     assert failed["error"]["kind"] == "bad_answer"
     # What was paid for is kept, under names that are no image's.
     kept = [name for name in live.names() if name not in live.images(1, 3)]
-    assert kept in (["002-job-2.png.answer"], ["002-job-2.png.answer", "002-job-2.png.damaged"])
-    assert all(name in failed["error"]["message"] for name in kept)
-    assert Path("out/002-job-2.png.answer").stat().st_size > 0
+    assert kept == ["002-job-2.png.answer", *([] if damaged is None else ["002-job-2.png.damaged"])]
+    assert all(f"kept as out/{name}" in failed["error"]["message"] for name in kept)
+    assert [Path("out/002-job-2.png.answer").read_bytes()] == bodies
+    assert [Path("out", name).stat().st_size for name in kept[1:]] == [damaged][: len(kept) - 1]
     assert failed["error"]["maybe_billed"] is True
     assert failed["request_id"] in {request.request_id for request in api.requests}
 
 
 def test_a_body_that_always_breaks_is_a_connection_failure(run: Run, api: ImagesAPI) -> None:
-    api.script(answer_cut(0.9))
+    bodies: list[bytes] = []
+    api.script(noted(answer_cut(0.9), bodies))
     result = run(*live.generate("--json", "--max-attempts", 1))
     assert "connection" in live.error(result)
+    assert live.error(result).endswith("; the answer is kept as fox.png.answer")
+    assert result.json["error"]["kind"] == "connection"
     assert result.json["error"]["maybe_billed"] is True
     assert live.names(".") == ["fox.png.answer"]
-    assert b'"b64_json"' in Path("fox.png.answer").read_bytes()
+    came, (sent,) = Path("fox.png.answer").read_bytes(), bodies
+    assert b'"b64_json"' in came
+    assert len(came) < len(sent)
+    assert sent.startswith(came)
 
 
 def test_fewer_images_are_saved_and_the_job_fails(run: Run, api: ImagesAPI) -> None:
     api.script(fewer_images(2))
     result = run(*live.generate("--n", 3, "--json"))
-    assert "3" in live.error(result)
+    said = live.error(result)
+    assert said == "asked for 3 images, got 2; the answer is kept as fox-3.png.answer"
+    assert result.json["error"]["maybe_billed"] is True
     assert live.names(".") == ["fox-1.png", "fox-2.png", "fox-3.png.answer"]
+    assert len(json.loads(Path("fox-3.png.answer").read_bytes())["data"]) == 2
     assert [image["path"] for image in result.json["outputs"]] == ["fox-1.png", "fox-2.png"]
     assert result.json["status"] == "failed"
 
@@ -94,6 +117,8 @@ def test_one_bad_image_of_three_does_not_lose_the_others(run: Run, api: ImagesAP
     result = run(*live.generate("--n", 3))
     assert "is empty; the answer is kept as fox-2.png.answer" in live.error(result)
     assert live.names(".") == ["fox-1.png", "fox-2.png.answer", "fox-3.png"]
+    kept = json.loads(Path("fox-2.png.answer").read_bytes())["data"]
+    assert [item["b64_json"] == "%" for item in kept] == [False, True, False]
 
 
 def test_more_images_than_asked_for_are_saved_under_free_names(run: Run, api: ImagesAPI) -> None:

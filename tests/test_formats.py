@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -186,6 +188,9 @@ def test_what_is_no_gif_or_svg_by_its_bytes_is_not_saved(
     assert failed.json["error"]["kind"] == "bad_answer"
     assert live.names("made") == [f"a.{name}.answer", f"a.{name}.damaged"]
     assert f"are kept as made/a.{name}.damaged" in live.error(failed)
+    assert live.error(failed).endswith(f"; the answer is kept as made/a.{name}.answer")
+    (item,) = json.loads(Path(f"made/a.{name}.answer").read_bytes())["data"]
+    assert base64.b64decode(item["b64_json"]) == Path(f"made/a.{name}.damaged").read_bytes()
     assert len(api.requests) == 1
 
 

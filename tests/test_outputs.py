@@ -226,8 +226,15 @@ def test_skip_existing_asks_again_for_a_file_that_is_no_whole_image(run: Run) ->
     whole = Path(picture("x-1.png")).read_bytes()
     Path("x-1.png").write_bytes(whole[:-4])
     Path("x-2.png").write_bytes(b"")
-    shown = dry.document(dry.generate(run, "--out", "x.png", "--n", "2", "--skip-existing"))
+    argv = ("--out", "x.png", "--n", "2", "--skip-existing")
+    shown = dry.document(dry.generate(run, *argv))
     assert shown["outputs"] == ["x-1.png", "x-2.png"]
+    Path("x-2.png").write_text("no image")
+    refused = dry.generate(run, *argv)
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    (said,) = dry.messages(refused, "Error: ")
+    assert said.startswith("x-2.png is no whole png; ")
+    assert Path("x-2.png").read_text() == "no image"
 
 
 def test_the_plan_of_outputs_creates_nothing(run: Run) -> None:

@@ -17,6 +17,7 @@ from image_gen import (
     MAX_IMAGES,
     MAX_MASK_BYTES,
     MAX_NAME_BYTES,
+    OLDEST,
     RANGES,
 )
 from inputs import FLARE, OLDER, Job, Json, as_flags, flag, job_file, picture
@@ -534,7 +535,9 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
     assert len(told) == len(packages)
     for said, package in zip(told, packages, strict=True):
         assert f"the package {package} is missing" in said
-        assert f"-m pip install '{package}>=" in said
+        least = OLDEST[package]
+        assert f"{least} or newer is needed: " in said
+        assert f"-m pip install '{package}>={least}'" in said
 
 
 def test_key_packages_and_requests_are_told_together(run: Run) -> None:

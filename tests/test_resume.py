@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,21 @@ def test_a_broken_file_is_made_again(
     assert live.names(".") == [f"fox.{name}"]
 
 
+@pytest.mark.parametrize("name", ["png", "jpeg", "webp"])
+def test_a_file_that_is_no_image_is_refused_and_stays(run: Run, api: ImagesAPI, name: str) -> None:
+    argv = live.generate(out=f"fox.{name}")
+    run(*argv)
+    Path(f"fox.{name}").write_bytes(b"<html>")
+    refused = run(*argv, RESUME)
+    assert (refused.exit_code, refused.stdout, len(api.requests)) == (2, "", 1)
+    remedy = "move it away, choose another name, or --force to replace it"
+    assert live.lines(refused) == [f"fox.{name} is no whole {name}; {remedy}"]
+    assert Path(f"fox.{name}").read_bytes() == b"<html>"
+    assert run(*argv, "--force").exit_code == 0
+    assert live.size_of(f"fox.{name}") == (64, 64)
+    assert live.names(".") == [f"fox.{name}"]
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -134,6 +150,8 @@ def test_the_same_command_ends_with_0_at_last(run: Run, api: ImagesAPI) -> None:
     variants = [f"002-job-2-{number}.png" for number in (1, 2, 3)]
     answers = [f"{name}.answer" for name in ("002-job-2-2.png", "002-job-2-3.png", "003-job-3.png")]
     assert live.names() == sorted([*live.images(1, 3, 4), *variants, *answers])
+    kept = [json.loads(Path("out", name).read_bytes()) for name in answers]
+    assert [len(answer.get("data", ())) for answer in kept] == [1, 1, 0]
 
 
 def test_a_failed_job_of_variants_says_what_is_there_already(run: Run, api: ImagesAPI) -> None:

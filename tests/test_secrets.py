@@ -307,3 +307,30 @@ def test_certificates_that_are_not_there_are_named(run: Run, api: ImagesAPI, nam
     (problem,) = live.lines(result)
     assert problem.startswith(f"{name} names ")
     assert "certs.pem" in problem
+
+
+def test_a_password_that_cuts_its_address_short_is_not_shown(run: Run) -> None:
+    address = "https://me:pass?w0rd-w0rd@127.0.0.1/v1"
+    result = run(*live.generate(), env={"OPENAI_BASE_URL": address, "OPENAI_API_KEY": SECRET})
+    assert (result.exit_code, "w0rd" in result.stderr) == (2, False)
+    assert "OPENAI_BASE_URL is not shown" in result.stderr
+
+
+def test_an_address_with_an_at_sign_in_its_path_is_taken() -> None:
+    assert [*image_gen.check_base_url("https://gateway.example/v1/@team")] == []
+
+
+def test_a_bug_behind_a_batch_is_told_once_and_without_the_key(
+    run: Run, api: ImagesAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError(f"leak {SECRET}")
+
+    argv = live.batch(6, "--batch-api")
+    with monkeypatch.context() as patch:
+        patch.setattr(image_gen, "save_answer", broken)
+        result = run(*argv, env={"OPENAI_API_KEY": SECRET})
+    assert (result.exit_code, result.stderr.count("Traceback")) == (1, 1)
+    assert SECRET not in result.stderr + result.stdout
+    assert run(*argv).exit_code == 0
+    assert (len(api.batches), len(list(Path("out").glob("*.png")))) == (1, 6)

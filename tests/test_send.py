@@ -134,6 +134,7 @@ class TestAFault:
         recorded = any("billed" in warning for warning in result.json["warnings"])
         assert recorded == fault.maybe_billed
         assert live.names(".") == sorted(["fox.png", *fault.kept[:1]])
+        assert all(f"; the answer is kept as {name}; " in note for name in fault.kept[:1])
 
     def test_that_stays_ends_the_job_after_max_attempts(
         self, run: Run, api: ImagesAPI, fault: Fault
@@ -146,6 +147,8 @@ class TestAFault:
         assert (failure["kind"], failure["retryable"]) == (fault.kind, True)
         assert failure["maybe_billed"] == fault.maybe_billed
         assert live.names(".") == sorted(fault.kept)
+        assert all(Path(name).read_bytes().startswith(b'{"created": ') for name in fault.kept)
+        assert all(failure["message"].endswith(name) for name in fault.kept[-1:])
 
 
 def test_one_attempt_means_one_request(run: Run, api: ImagesAPI) -> None:

@@ -136,7 +136,11 @@ def broken(result: Result, kind: str, partials: list[str]) -> Json:
     assert record["error"]["maybe_billed"] is True
     assert record["warnings"] == []
     whole_error = kind in ("server", "moderation", "rate_limit")  # which says all there is to say
-    assert made() == sorted([*partials, *([] if whole_error else ["fox.png.answer"])])
+    kept = [] if whole_error else ["fox.png.answer"]
+    assert made() == sorted([*partials, *kept])
+    for name in kept:
+        assert f"; the answer is kept as {name}; what had come is kept: " in said
+        assert Path(name).read_bytes().count(b'"partial_image_index"') >= len(partials)
     failure: Json = record["error"]
     return failure
 
@@ -216,6 +220,15 @@ def test_an_error_event_after_a_draft_fails_the_job_and_keeps_the_draft(
     assert len(api.requests) == 1
 
 
+def test_an_error_event_before_the_image_does_not_cost_it(run: Run, api: ImagesAPI) -> None:
+    said = event({"type": "error", "error": SERVER})
+    api.script(events(lambda chunks: [chunks[0], said, *chunks[1:]]))
+    result = run(*live.generate(*DRAFTED))
+    assert (result.exit_code, result.json["error"], made()) == (0, None, ["fox.png"])
+    assert live.size_of("fox.png") == (64, 64)
+    assert len(api.requests) == 1
+
+
 @each_error
 def test_an_error_event_before_any_draft_is_judged_as_an_answer_is(
     run: Run, api: ImagesAPI, said: Json, judged: tuple[str, str | None], *, retryable: bool
@@ -276,17 +289,17 @@ def test_drafts_are_numbered_as_they_are_saved(run: Run, api: ImagesAPI) -> None
 
 
 @pytest.mark.parametrize(
-    "end",
+    ("kind", "end"),
     [
-        pytest.param(lambda last: event(last, b64_json=""), id="no image"),
-        pytest.param(lambda last: event(last, b64_json="%%%"), id="no base64"),
-        pytest.param(lambda last: event(last, b64_json=NO_IMAGE), id="other bytes"),
-        pytest.param(lambda _: b"data: {nope\n\n", id="no JSON"),
-        pytest.param(lambda _: b"data: [1]\n\n", id="no object"),
+        pytest.param("connection", lambda last: event(last, b64_json=""), id="no image"),
+        pytest.param("bad_answer", lambda last: event(last, b64_json="%%%"), id="no base64"),
+        pytest.param("bad_answer", lambda last: event(last, b64_json=NO_IMAGE), id="other bytes"),
+        pytest.param("connection", lambda _: b"data: {nope\n\n", id="no JSON"),
+        pytest.param("connection", lambda _: b"data: [1]\n\n", id="no object"),
     ],
 )
 def test_an_end_that_is_damaged_fails_the_job_and_keeps_the_drafts(
-    run: Run, api: ImagesAPI, end: Callable[[bytes], bytes]
+    run: Run, api: ImagesAPI, kind: str, end: Callable[[bytes], bytes]
 ) -> None:
     api.script(events(lambda chunks: [*chunks[:-1], end(chunks[-1])]))
     result = run(*live.generate(*DRAFTED))
@@ -297,10 +310,12 @@ def test_an_end_that_is_damaged_fails_the_job_and_keeps_the_drafts(
         1,
         drafts(1, 2),
     )
-    assert record["error"]["kind"] in ("bad_answer", "connection")
-    assert record["error"]["maybe_billed"] is True
-    assert made()[-1] == "fox.png.answer" or made()[-2:] == ["fox.png.answer", "fox.png.damaged"]
-    assert made()[:2] == drafts(1, 2)
+    assert (record["error"]["kind"], record["error"]["maybe_billed"]) == (kind, True)
+    damaged = [name for name in ("fox.png.damaged",) if name in record["error"]["message"]]
+    assert made() == [*drafts(1, 2), "fox.png.answer", *damaged]
+    assert b"".join(Path(name).read_bytes() for name in damaged) in (b"", b"no image")
+    assert Path("fox.png.answer").read_bytes().count(b'"partial_image_index"') == 2
+    assert "; the answer is kept as fox.png.answer; " in record["error"]["message"]
     assert len(api.requests) == 1
 
 
