@@ -23,7 +23,7 @@ The file, from top to bottom; a section uses only what stands above it:
     3  records                             what one section hands to the next
     4  command line                        a new flag or JSONL key is a row here, and a field in 3
     5  requests                            flags and lines of JSONL become jobs
-    6  image files by their own bytes      what their heads and tails say
+    6  image files by their own bytes      what they say, from their heads to their ends
     7  plan of outputs                     names, and what is there already
     8  preflight                           a new check is a generator of sentences
     9  dry run                             the payloads as they are printed
@@ -63,8 +63,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 __version__ = "0.2.0"
 
 if sys.version_info < (3, 11):  # noqa: UP036 - all that stands above is read by 3.8, too
-    running = "Error: image_gen.py needs Python 3.11 or newer; {} is {}.{}.{}\n"
-    sys.stderr.write(running.format(sys.executable or "this", *sys.version_info[:3]))
+    found = "{} is {}.{}.{}".format(sys.executable or "this", *sys.version_info[:3])
+    sys.stderr.write(f"Error: image_gen.py needs Python 3.11 or newer; {found}\n")
     raise SystemExit(2)
 
 
@@ -1333,9 +1333,9 @@ def svg_picture(content: bytes) -> Picture | None:
     sizes = (rb'\s%s="([0-9]{1,6})(\.[0-9]*)?(px)?"' % edge for edge in (b"width", b"height"))
     width, height = (int(found[1]) if (found := re.search(size, root[0])) else 0 for size in sizes)
     end = content.rfind(b"</svg>") + len(b"</svg>")
-    tail = len(content[end:].strip()) if end >= root.end() else 0
-    active = re.search(SVG_ACTIVE, content) is not None
     whole = end >= root.end()
+    tail = len(content[end:].strip()) if whole else 0
+    active = re.search(SVG_ACTIVE, content) is not None
     return Picture("svg", width, height, alpha=True, whole=whole, tail=tail, active=active)
 
 
@@ -1451,8 +1451,9 @@ def is_derived(name: str, original: str | None = None) -> bool:
         return False
     with suppress(OSError), open(name, "rb") as file:
         content = file.read(MAX_ANSWER_BYTES)
-        as_original = original is not None and same_content(name, original)
-        return not content or DERIVED_MARK in content or as_original
+        if not content or DERIVED_MARK in content:
+            return True
+        return original is not None and same_content(name, original)
     return False
 
 
@@ -2041,9 +2042,9 @@ VERDICT_BY_CODE: Mapping[str, tuple[Action, str]] = {
     "server_error": ("retry", "server"),
 }
 VERDICT_BY_STATUS: Mapping[int, tuple[Action, str]] = {
-    400: ("fail", "invalid_request"),  # and any other below 500
     200: ("fail", "server"),  # an error object in an answer, a stream or a batch
     300: ("stop run", "address"),  # and any other redirect that is not followed
+    400: ("fail", "invalid_request"),  # and any other below 500
     401: ("stop run", "authentication"),
     402: ("stop run", "quota"),
     403: ("stop model", "permission"),
@@ -2482,6 +2483,16 @@ def origin(url: httpx2.URL) -> tuple[str, str, int | None]:
     return url.scheme, url.host, url.port
 
 
+async def first_bytes(response: httpx2.Response, most: int) -> bytes:
+    """Return so many bytes of a body, unpacked, or all if there are fewer."""
+    body = bytearray()
+    async for chunk in response.aiter_bytes():
+        body += chunk[: most - len(body)]
+        if len(body) >= most:
+            break
+    return bytes(body)
+
+
 async def refuse_answer(response: httpx2.Response) -> None:
     """Raise an ErrorAnswer for what is no answer to read: an error, or a redirect elsewhere.
 
@@ -2499,13 +2510,9 @@ async def refuse_answer(response: httpx2.Response) -> None:
         raise ErrorAnswer(status, said, response.headers, asked)
     if response.is_success:
         return
-    body = bytearray()
-    async for chunk in response.aiter_bytes():
-        body += chunk[: MAX_ERROR_BYTES - len(body)]
-        if len(body) >= MAX_ERROR_BYTES:
-            break
+    body = await first_bytes(response, MAX_ERROR_BYTES)
     try:
-        said = jiter.from_json(bytes(body))
+        said = jiter.from_json(body)
     except ValueError:
         said = body.decode("utf-8", "replace")
     raise ErrorAnswer(status, said, response.headers, asked)
@@ -2716,12 +2723,10 @@ class Channel:
                         url = url.join(response.headers["location"])
                         continue
                     await refuse_answer(response)
-                    content = bytearray()
-                    async for chunk in response.aiter_bytes():
-                        content += chunk
-                        if len(content) > MAX_ANSWER_BYTES:
-                            raise bad_answer(f"it has more than {MAX_ANSWER_BYTES:,} bytes")
-                    return bytes(content)
+                    content = await first_bytes(response, MAX_ANSWER_BYTES + 1)
+                    if len(content) > MAX_ANSWER_BYTES:
+                        raise bad_answer(f"it has more than {MAX_ANSWER_BYTES:,} bytes")
+                    return content
         raise bad_answer(f"it is more than {MAX_REDIRECTS} redirects away")
 
 
@@ -3610,25 +3615,31 @@ async def keep_draft(job: Job, run: Run, exchange: Exchange, encoded: object) ->
         run.report.note(f"{job.where}draft {count + 1}: {saved}")
 
 
-def heed_error(job: Job, run: Run, spool: Spool) -> None:
-    """Stop what an answer says is over, whatever its status, before its slot is free again."""
+def read_spool(spool: Spool) -> Answer:
+    """Read the body of an answer."""
+    return read_answer(spool.read(), spool.read, spool.broken)
+
+
+def heed_error(job: Job, run: Run, spool: Spool) -> Answer | None:
+    """Stop what an answer says is over, whatever its status; return it if it is small enough."""
     if spool.size < MAX_ERROR_BYTES:
         with suppress(Exception):  # a bug shows where the answer is read to be saved
-            answer = read_answer(spool.read(), spool.read)
+            answer = read_spool(spool)
             if not answer.items:
                 run.channel.heed(job, answer.verdict)
+            return answer
+    return None
 
 
-async def fetch(job: Job, run: Run, exchange: Exchange) -> Spool:
-    """Return the raw answer to a job's request. Holds a slot, for the network only."""
+async def fetch(job: Job, run: Run, exchange: Exchange) -> tuple[Spool, Answer | None]:
+    """Return the answer to a job's request, read if it is small. Holds a slot, for the network."""
     async with run.slots:
         exchange.started = run.clock()
         try:
             with run.in_flight():
                 on_draft = functools.partial(keep_draft, job, run, exchange)
                 spool = await run.channel.send(job, exchange, on_draft)
-                heed_error(job, run, spool)
-                return spool
+                return spool, heed_error(job, run, spool)  # before the slot is free again
         except JobError as error:
             run.heed(job, error.failure)  # before the slot is free for another job
             raise
@@ -3658,9 +3669,9 @@ async def bring(job: Job, read: Callable[[], Answer], run: Run) -> tuple[Deliver
 
 async def exchange_once(job: Job, run: Run, exchange: Exchange) -> tuple[Delivery, Verdict]:
     """Send a job's request, and save what the answer brings."""
-    spool = await fetch(job, run, exchange)
+    spool, answer = await fetch(job, run, exchange)
     try:
-        return await bring(job, lambda: read_answer(spool.read(), spool.read, spool.broken), run)
+        return await bring(job, lambda: answer or read_spool(spool), run)
     except asyncio.CancelledError:
         keep_answer(job.missing[0].path, spool.read)  # it names images that are paid for
         raise
@@ -3768,7 +3779,7 @@ def ending_signals() -> list[signal.Signals]:
 
 @contextmanager
 def signals_taken(run: Run) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end the run in order."""
+    """Let Ctrl-C, SIGTERM and SIGHUP end the run in order."""
     loop = asyncio.get_running_loop()
     before = {}
     with suppress(ValueError):  # only the main thread has signals
@@ -4213,14 +4224,11 @@ class Result(NamedTuple):
 
     custom_id: str
     job: Job | None  # None: nobody asked for it
-    target: Job  # the job, or one that stands in for it
     delivery: Delivery  # so far
     answer: Answer | None = None  # whose images are to be saved
 
 
-def read_result(
-    encoded: bytes, waiting: dict[str, Job], known: Container[str], folder: str
-) -> Result | None:
+def read_result(encoded: bytes, waiting: dict[str, Job], known: Container[str]) -> Result | None:
     """Read a line of an output or error file. Runs in a worker thread.
 
     Takes the line's job out of waiting; None stands for a job whose result has come before. Raises
@@ -4234,21 +4242,18 @@ def read_result(
     if job is None and custom_id in known:
         return None
     response, error = mapping(line.get("response")), mapping(line.get("error"))
-    result = Result(custom_id, job, job or stray_job(custom_id, folder, 1), Delivery())
     if not response:
         code = str(error.get("code") or "batch_error")
         message = one_line(error.get("message") or "the batch has no answer for this job")
         failure = Failure(code, message, code, retryable=code in PASSING_CODES)
-        return result._replace(delivery=Delivery(failure=failure))
+        return Result(custom_id, job, Delivery(failure=failure))
     body, status = response.get("body"), response.get("status_code")
     sent = Delivery(attempts=1, request_id=str(response.get("request_id") or "") or None)
     if status != 200:
         number = status if isinstance(status, int) else 200
         verdict = judge(ErrorAnswer(number, body if mapping(body) else error, {}, ""))
-        return result._replace(delivery=sent._replace(failure=verdict.failure))
-    answer = answer_of(body, lambda: encoded)
-    target = job or stray_job(custom_id, folder, max(1, len(answer.items)))
-    return result._replace(target=target, delivery=sent, answer=answer)
+        return Result(custom_id, job, sent._replace(failure=verdict.failure))
+    return Result(custom_id, job, sent, answer_of(body, lambda: encoded))
 
 
 def judge_call(error: Exception) -> Verdict:
@@ -4537,7 +4542,7 @@ class BatchClient:
     ) -> bool:
         """Save the images of a line and their copies; tell whether nothing of it is left behind."""
         try:
-            found = await self.run.in_saver(read_result, line, unanswered, known, self.folder)
+            found = await self.run.in_saver(read_result, line, unanswered, known)
             return found is None or await self.conclude_result(found)
         except (ValueError, RecursionError):
             return False
@@ -4547,10 +4552,11 @@ class BatchClient:
 
     async def conclude_result(self, result: Result) -> bool:
         """Save and report what a line has brought; tell whether nothing of it is left behind."""
-        custom_id, job, target, delivery, answer = result
+        custom_id, job, delivery, answer = result
         if answer is not None:
+            target = job or stray_job(custom_id, self.folder, max(1, len(answer.items)))
             saved, _ = await bring(target, lambda: answer, self.run)
-            delivery = saved._replace(attempts=1, request_id=delivery.request_id)
+            delivery = saved._replace(attempts=delivery.attempts, request_id=delivery.request_id)
         if job is None:
             kept = listing(image.path for image in delivery.images.values())
             self.run.report.warn(
