@@ -1192,7 +1192,6 @@ def mixture_of(planes: Planes, key: Colour) -> Mixture:
 CERTAIN_Q = 0.97  # above, what is away from the edges is certainly subject; 0.94: -0.4 dB
 EVEN_Q = 0.25  # q varies more than that only where edges cross a cell; 0.4: -0.7 dB
 SAME_COLOUR = 20  # levels between neighbouring cells of a plateau; 14: alike; 28: -0.1 dB
-FAR = 68
 FAR = 71  # levels from the key; nearer, only what is flat is a plateau; 68: blots in a shadow;
 # 80: a purple orb on magenta fades at its rim; where the key's own tone is painted, all is near
 BODY_MEAN, BODY_Q = 0.95, 0.85  # of q around a cell, and of a pixel of it, that is opaque
