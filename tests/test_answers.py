@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import image_gen
 import live
 import pytest
-from images_api import Answer, always, changed, image_bytes
+from images_api import Answer, answered, changed, image_bytes
 from inputs import FLARE, encoded
 from PIL import Image
 
@@ -27,11 +27,6 @@ if TYPE_CHECKING:
 
 FOX = encoded(Image.effect_noise((64, 64), 80))
 FOX_TEXT = base64.b64encode(FOX).decode()
-
-
-def answered(body: bytes, status: int = 200, kind: str = "application/json") -> Reply:
-    """A body as it is, whatever was asked for."""
-    return always(replace(Answer.of(body, status=status), content_type=kind))
 
 
 def document(*items: object, **more: object) -> bytes:
@@ -51,9 +46,9 @@ WHOLE = document(item(), usage={"total_tokens": 7})
 SHAPES = {
     "bytes behind the end": answered(WHOLE + b"}"),
     "a byte order mark": answered(b"\xef\xbb\xbf" + WHOLE),
-    "an event stream": answered(sse(), kind="text/event-stream"),
+    "an event stream": answered(sse(), content_type="text/event-stream"),
     "an event stream that is called JSON": answered(b": hello\n\n" + sse()),
-    "an event without its blank line": answered(sse(end=b""), kind="text/event-stream"),
+    "an event without its blank line": answered(sse(end=b""), content_type="text/event-stream"),
     "events with CRLF": answered(sse().replace(b"\n", b"\r\n") + b"data: [DONE]\r\n\r\n"),
     "an event that holds a whole answer": answered(b"data: " + WHOLE + b"\n\n"),
     "an object for the list": answered(json.dumps({"data": item()}).encode()),
@@ -61,7 +56,7 @@ SHAPES = {
     "no list": answered(json.dumps(item()).encode()),
     "a list and nothing else": answered(json.dumps([item()]).encode()),
     "text in the list": answered(json.dumps({"data": [FOX_TEXT]}).encode()),
-    "the image itself": answered(FOX, kind="image/png"),
+    "the image itself": answered(FOX, content_type="image/png"),
     "a data URL": answered(document(item("data:image/png;base64," + FOX_TEXT))),
     "a data URL as the address": answered(document({"url": "data:image/png;base64," + FOX_TEXT})),
     "lines of base64": answered(document(item(base64.encodebytes(FOX).decode()))),
@@ -95,7 +90,7 @@ def test_an_image_is_saved_in_whatever_shape_it_comes(
 def test_an_answer_that_is_no_stream_is_taken_where_a_stream_was_asked_for(
     run: Run, api: ImagesAPI
 ) -> None:
-    api.script(answered(WHOLE), answered(WHOLE, kind="text/event-stream"))
+    api.script(answered(WHOLE), answered(WHOLE, content_type="text/event-stream"))
     for name in ("a.png", "b.png"):
         assert run(*live.generate("--partial-images", 1, out=name)).exit_code == 0
         assert Path(name).read_bytes() == FOX
@@ -130,10 +125,10 @@ def test_of_three_images_whose_answer_breaks_off_in_the_last_two_are_saved(
 SECRET = "sk-test-" + "0123456789abcdef" * 2
 UNREADABLE = {
     "a task": (
-        answered(b'{"id": "task_81f", "status": "queued"}', status=202),
+        answered(b'{"id": "task_81f", "status": "queued"}', number=202),
         '{"status": "queued", "id": "task_81f"}; ask its service',
     ),
-    "a page": (answered(b"<html><title>Log in</title></html>", kind="text/html"), "Log in"),
+    "a page": (answered(b"<html><title>Log in</title></html>", content_type="text/html"), "Log in"),
     "JSON of something else": (
         answered(b'{"ok": true, "sk": "%s"}' % SECRET.encode()),
         '"ok": true',
@@ -208,13 +203,13 @@ SAID = {
 def test_an_error_is_quoted_in_whatever_words_it_explains_itself(
     run: Run, api: ImagesAPI, body: bytes, said: str
 ) -> None:
-    api.script(answered(body, status=400))
+    api.script(answered(body, number=400))
     message = live.error(run(*live.generate()))
     assert message.startswith(f"invalid request, HTTP 400: {said}")
 
 
 def test_an_error_of_many_megabytes_is_read_to_its_first(run: Run, api: ImagesAPI) -> None:
-    api.script(answered(b"x" * 20_000_000, status=400))
+    api.script(answered(b"x" * 20_000_000, number=400))
     assert len(live.error(run(*live.generate()))) < 1000
 
 

@@ -449,15 +449,17 @@ def test_image_and_folder_are_on_disk_before_a_job_is_done(
 # ------------------------------------------------------------------------ bugs of our own
 
 
+def broken(*_: object, **__: object) -> None:
+    """A function of ours that fails as nobody has foreseen."""
+    raise ZeroDivisionError("not foreseen")
+
+
 @pytest.mark.parametrize(
     "step", ["read_answer", "items_of", "decode_item", "decode_image", "differences", "usage_of"]
 )
 def test_a_bug_after_an_answer_keeps_the_answer_and_buys_no_other(
     run: Run, api: ImagesAPI, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    def broken(*_: object, **__: object) -> None:
-        raise ZeroDivisionError("not foreseen")
-
     monkeypatch.setattr(image_gen, step, broken)
     result = run(*live.batch(6, "--json", "--concurrency", 1))
     assert result.exit_code == 1
@@ -479,9 +481,6 @@ def test_a_bug_after_an_answer_keeps_the_answer_and_buys_no_other(
 def test_a_bug_behind_the_images_stops_the_run_and_keeps_them(
     run: Run, api: ImagesAPI, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    def broken(*_: object, **__: object) -> None:
-        raise ZeroDivisionError("not foreseen")
-
     monkeypatch.setattr(image_gen, step, broken)
     result = run(*live.batch(6, "--concurrency", 1))
     assert result.exit_code == 1
@@ -493,9 +492,6 @@ def test_a_bug_behind_the_images_stops_the_run_and_keeps_them(
 def test_a_bug_under_many_jobs_prints_one_traceback(
     run: Run, api: ImagesAPI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object) -> None:
-        raise ZeroDivisionError("not foreseen")
-
     monkeypatch.setattr(image_gen, "decode_item", broken)
     result = live.run_held(run, api, live.batch(30, "--concurrency", 5), until=5)
     assert result.stderr.count("Traceback") == 1
