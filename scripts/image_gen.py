@@ -11,9 +11,10 @@ paid for is written before anything else happens to it.
 
 exit codes:
   0    every requested image is on disk (dry run: the request would be valid)
-  1    at least one requested image is missing
+  1    at least one requested image is missing; repeating the command can help
   2    refused before anything was sent
   3    submitted to the Batch API, not finished (--no-wait)
+  4    at least one requested image is missing; repeating the command unchanged helps none
   130  interrupted
 
 The file, from top to bottom; a section uses only what stands above it:
@@ -24,7 +25,7 @@ The file, from top to bottom; a section uses only what stands above it:
     4  command line                        a new flag or JSONL key is a row here, and a field in 3
     5  requests                            flags and lines of JSONL become jobs
     6  image files by their own bytes      what they say, from their heads to their ends
-    7  plan of outputs                     names, and what is there already
+    7  plan of outputs                     names, and what is there already, by the manifest
     8  preflight                           a new check is a generator of sentences
     9  dry run                             the payloads as they are printed
    10  send                                a new error code of the API is a row of VERDICT_BY_CODE
@@ -57,7 +58,7 @@ import unicodedata
 from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
 from datetime import date, datetime, timezone
 from enum import Enum
-from itertools import count
+from itertools import chain, count
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 __version__ = "0.2.0"
@@ -94,7 +95,9 @@ if TYPE_CHECKING:
     import logging
     import random
     import resource
+    import shutil
     import signal
+    import socket
     import stat
     import tempfile
     import threading
@@ -131,6 +134,9 @@ if TYPE_CHECKING:
     )
 
     Existing: TypeAlias = Literal["refuse", "keep", "replace"]
+    # Of an image: just made, made before from this very request, not in the manifest, edited since
+    Origin: TypeAlias = Literal["new", "made", "unknown", "changed"]
+    Status: TypeAlias = Literal["done", "skipped", "stale", "submitted", "not_sent", "failed"]
     Action: TypeAlias = Literal["retry", "wait", "fail", "stop model", "stop run"]
     OnDraft: TypeAlias = Callable[[object], Awaitable[None]]
     T = TypeVar("T")
@@ -142,7 +148,7 @@ else:
     traceback, email_utils, urls = map(Lazy, ("traceback", "email.utils", "urllib.parse"))
     futures, importlib_util = map(Lazy, ("concurrent.futures", "importlib.util"))
     httpcore2, metadata = map(Lazy, ("httpcore2", "importlib.metadata"))
-    stat, threading = map(Lazy, ("stat", "threading"))
+    shutil, socket, stat, threading = map(Lazy, ("shutil", "socket", "stat", "threading"))
     ExifTags, Image, ImageDraw = map(Lazy, ("PIL.ExifTags", "PIL.Image", "PIL.ImageDraw"))
     ImageFont, ImageOps = map(Lazy, ("PIL.ImageFont", "PIL.ImageOps"))
     ImageSequence, PngImagePlugin = map(Lazy, ("PIL.ImageSequence", "PIL.PngImagePlugin"))
@@ -188,6 +194,8 @@ COPY_LEVEL = 4  # zlib's, of downscaled PNG: a photograph in half the time of le
 MAX_SHEET_IMAGES = 5_000
 # In the metadata of copies and contact sheets (Software): they may be made anew.
 DERIVED_MARK = b"image_gen.py (derived)"
+MANIFEST_NAME = ".image_gen-made.jsonl"  # in the folder of a batch: what made its images
+LOCK_NAME = ".image_gen.lock"  # the same: who works there, where the system has no locks
 
 # Free sizes, from the guide of gpt-image-2 (the SDK's types repeat it for 2.5).
 EDGE_STEP = 16
@@ -376,6 +384,11 @@ def at_line(number: int) -> str:
     return f"line {number}: " if number else ""
 
 
+def now() -> str:
+    """Return the time as files keep it: UTC, ISO 8601, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")  # noqa: UP017 - see the guard
+
+
 def mapping(value: object) -> dict[str, Any]:
     """Return an object of the other side's JSON, an empty one where something else stands."""
     return value if isinstance(value, dict) else {}
@@ -414,6 +427,12 @@ class Failure(NamedTuple):
     retryable: bool = False
     maybe_billed: bool = False
 
+    @property
+    def cause(self) -> str:
+        """The kind of failure that is behind it."""
+        behind = self.code if self.kind in ("fail_fast", "submitted") else None
+        return behind or self.kind
+
 
 class JobError(ImageGenError):
     """One job fails; action says what that means for the others: by itself, nothing."""
@@ -441,9 +460,9 @@ def bad_answer(explanation: str) -> JobError:
 #
 #  Arguments ──► RunOptions                     how the command behaves
 #       └──────► ImageRequest ──► Job ──► Plan  what is asked for, and its names on disk
-#                                  │
+#                          Entry ──┘ │          what the folder remembers of its images
 #                       Exchange, Delivery      what has come of it so far
-#                                  │
+#                                    │
 #                     Done | Failed | Skipped   how it has ended
 #
 # A draft is what the API calls a partial image; a shard, the jobs that become one batch there.
@@ -502,6 +521,8 @@ class RunOptions(NamedTuple):
     quiet: bool = False
     force: bool = False
     skip_existing: bool = False
+    remake: bool = False
+    only: str | None = None
     fail_fast: bool = False
     keep_partials: bool = False
     batch_api: bool = False
@@ -519,7 +540,12 @@ class RunOptions(NamedTuple):
     @property
     def existing(self) -> Existing:
         """What is done about a file that is there already."""
-        return "replace" if self.force else "keep" if self.skip_existing else "refuse"
+        return "replace" if self.force else "keep" if self.resumes else "refuse"
+
+    @property
+    def resumes(self) -> bool:
+        """Whether images that are there count."""
+        return self.skip_existing or self.remake
 
 
 DEFAULTS = ImageRequest._field_defaults | RunOptions._field_defaults
@@ -529,8 +555,13 @@ class Output(NamedTuple):
     """One image to be written, its downscaled copy, and what a stream shows before it is done."""
 
     path: str
+    planned: str = ""  # the path that was asked for; its image may lie elsewhere
     copy: str | None = None
     drafts: tuple[str, ...] = ()
+    origin: Origin | None = None  # it is there
+    source: str = ""  # it is there under this path, and gets its own
+    stale: str = ""  # what else the image under its name was made from
+    archive: str = ""  # the new name of that image when it is made again
     replace: bool = False  # whatever stands under the name
     mend: bool = False  # an empty or cut-off file under the name, if it still is
     replace_copy: bool = False  # whatever stands under the copy's name
@@ -545,8 +576,12 @@ class Job(NamedTuple):
     request: ImageRequest
     folder: str
     name: str | None  # as asked for; None: image_1, image_2 …
+    automatic: bool = False  # the name is made of the job's number and prompt
+    asked: Mapping[str, Any] = {}  # what makes its images, prompt and input files by their SHA-256
+    digest: str = ""  # of that; empty where it cannot be told
     outputs: tuple[Output, ...] = ()
-    missing: tuple[Output, ...] = ()  # those that are not there yet
+    missing: tuple[Output, ...] = ()  # those that are to be asked for
+    stale: str = ""  # what is said of images that were made from another request
 
     @property
     def where(self) -> str:
@@ -559,10 +594,31 @@ class Job(NamedTuple):
         return self.request._replace(n=len(self.missing))
 
 
+class Entry(NamedTuple):
+    """A line of a folder's manifest: an image, and what made it."""
+
+    name: str  # in the folder
+    digest: str  # of the request
+    asked: Mapping[str, Any]  # what it is the digest of
+    prompt: str  # as the user wrote it
+    model: str
+    sha256: str = ""
+    bytes: int = 0
+    mtime: int = 0  # nanoseconds
+    request_id: str | None = None
+    usage: Mapping[str, Any] | None = None  # of the whole answer, beside its first image
+    time: str = ""
+    temporary: str = ""  # the file's name until it has got its own
+    kept: bool = False  # another has taken its place: no job looks for it
+    void: bool = False  # the line before is not so: the name was taken
+
+
 class Plan(NamedTuple):
     """What a command is about to do."""
 
     jobs: tuple[Job, ...]
+    others: tuple[Job, ...] = ()  # that --only leaves out
+    entries: dict[str, Entry] | None = None  # the folder's manifest, by name; None: it has none
     problems: tuple[tuple[int, str], ...] = ()  # of reading them, by line
     sheet: Output | None = None  # the contact sheet
     existing: Existing = "refuse"  # what is done about files that are there
@@ -596,6 +652,7 @@ class Saved(NamedTuple):
     height: int
     format: str
     alpha: bool
+    origin: Origin = "new"
 
 
 class Delivery(NamedTuple):
@@ -621,6 +678,8 @@ class Done(NamedTuple):
 
     job: Job
     delivery: Delivery
+    failure: None = None
+    status: Status = "done"
 
 
 class Failed(NamedTuple):
@@ -629,14 +688,21 @@ class Failed(NamedTuple):
     job: Job
     delivery: Delivery
     failure: Failure
+    status: Status = "failed"
 
 
 class Skipped(NamedTuple):
-    """Nothing was sent: the files are there already, or (with a failure) the run had to stop."""
+    """Nothing was sent: the files are there already, or the failure says why not."""
 
     job: Job
     delivery: Delivery
     failure: Failure | None = None
+
+    @property
+    def status(self) -> Status:
+        """How the job has ended, in a word."""
+        kind = self.failure.kind if self.failure else "skipped"
+        return cast("Status", kind if kind in ("skipped", "stale", "submitted") else "not_sent")
 
 
 Outcome = Done | Failed | Skipped
@@ -831,7 +897,8 @@ FILES = (
     Option(
         "--skip-existing",
         None,
-        "ask only for images that are not there yet: the same command resumes a run",
+        "ask only for images that are not there yet: the same command resumes a run; "
+        "generate-batch compares what made them, the others go by name",
         exclusive=True,
     ),
 )
@@ -849,6 +916,12 @@ BATCH_OUTPUT = (
     Option("--out-dir DIR", as_path, "folder for all images", more={"required": True}),
     *FILES,
     Option(
+        "--remake",
+        None,
+        "as --skip-existing, and make those again that were made from another request; the old "
+        "ones are kept as NAME-old-1.EXT",
+    ),
+    Option(
         "--contact-sheet FILE",
         as_path,
         "also write one image of labelled thumbnails of the whole batch",
@@ -861,6 +934,11 @@ BATCH = (
         "JSONL, one job a line: an object, a string or plain text; at most "
         f"{MAX_JOBS}, {MAX_BATCH_API_JOBS:,} with --batch-api",
         more={"required": True},
+    ),
+    Option(
+        "--only JOBS",
+        as_visible,
+        "these jobs alone: numbers (3,7-9) or file names; with --remake they are made again",
     ),
     Option("--concurrency N", as_whole_number, f"requests in flight, 1-{MAX_CONCURRENCY}"),
     Option("--fail-fast", None, "send nothing more after the first failed job"),
@@ -1198,12 +1276,13 @@ def read_batch(arguments: Arguments) -> tuple[list[Job], list[tuple[int, str]]]:
         try:
             given, wrong = convert_job(parse_job_line(line))
         except ImageGenError as error:
-            problems.append((line_number, str(error)))
-            continue
+            given, wrong = {"prompt": "(refused)"}, [str(error)]
         problems += [(line_number, problem) for problem in wrong]
         request = request_from_options({**vars(arguments), "prompt": None, **given})
-        name = given.get("out") or f"{number:03d}-{slugify(request.title)}"
-        jobs.append(Job(number, line_number, request, arguments.out_dir or "", name))
+        automatic = f"{number:03d}-{slugify(request.title)}"
+        name = given.get("out", automatic)
+        job = Job(number, line_number, request, arguments.out_dir or "", name)
+        jobs.append(job._replace(automatic=name is automatic))
     return jobs, problems
 
 
@@ -1403,6 +1482,17 @@ def with_room(path: str) -> str:
     return os.path.join(folder, os.fsencode(stem)[:room].decode("utf-8", "ignore") + extension)
 
 
+def free_names(name: str) -> Iterator[str]:
+    """Yield the name itself, then names beside it."""
+    yield name
+    yield from (beside(with_room(name), f"-alt-{number}") for number in count(1))
+
+
+def old_names(name: str) -> Iterator[str]:
+    """Yield the names for an image that another takes the place of."""
+    yield from (beside(with_room(name), f"-old-{number}") for number in count(1))
+
+
 def plan_names(job: Job) -> Iterator[str]:
     """Yield the paths of a job's images."""
     request, name = job.request, job.name
@@ -1417,20 +1507,23 @@ def plan_names(job: Job) -> Iterator[str]:
         yield os.path.join(job.folder, number + extension)
 
 
-def plan_outputs(job: Job, options: RunOptions) -> Job:
-    """Name the files that a job makes, without looking whether they are there."""
+def output_at(path: str, planned: str, job: Job, options: RunOptions) -> Output:
+    """Return the output of a job whose image lies, or will lie, at a path."""
     suffix = options.downscale_suffix
     dashed = suffix if suffix.startswith(("-", "_")) else f"-{suffix}"
     drafts = min(job.request.partial_images or 0, RANGES["partial_images"][1])
-    outputs = tuple(
-        Output(
-            path,
-            copy=None if options.downscale_max_dim is None else beside(path, dashed),
-            drafts=tuple(beside(path, f".partial-{n}") for n in range(1, drafts + 1)),
-        )
-        for path in (plan_names(job) if 1 <= job.request.n <= MAX_N else ())
+    return Output(
+        path,
+        planned,
+        copy=None if options.downscale_max_dim is None else beside(path, dashed),
+        drafts=tuple(beside(path, f".partial-{n}") for n in range(1, drafts + 1)),
     )
-    return job._replace(outputs=outputs)
+
+
+def plan_outputs(job: Job, options: RunOptions) -> Job:
+    """Name the files that a job makes, without looking whether they are there."""
+    names = plan_names(job) if 1 <= job.request.n <= MAX_N else ()
+    return job._replace(outputs=tuple(output_at(path, path, job, options) for path in names))
 
 
 def is_remnant(name: str, kind: str) -> bool:
@@ -1470,23 +1563,266 @@ def may_derive(name: str, existing: Existing, original: str | None = None) -> bo
     return existing == "replace" or (existing == "keep" and is_derived(name, original))
 
 
-def find_missing(job: Job, existing: Existing) -> Job:
+def find_by_name(output: Output, kind: str) -> Output:
+    """Say of an image that no manifest knows whether it is there, by its name and its bytes."""
+    seen = probe_file(output.path)
+    if seen is not None and seen.whole and seen.format == kind:
+        return output._replace(origin="unknown")
+    return output._replace(mend=is_remnant(output.path, kind))
+
+
+def find_missing(job: Job, options: RunOptions, claims: Claims | None) -> Job:
     """Say which images of a job are to be asked for, and what they may replace."""
-    outputs, missing, keep = [], [], existing == "keep"
-    kind = job.request.output_format
+    outputs = []
     for planned in job.outputs:
-        copy = planned.copy or ""
-        seen = probe_file(planned.path) if keep else None
-        there = seen is not None and seen.whole and seen.format == kind
-        output = planned._replace(
-            replace=existing == "replace",
-            mend=keep and not there and is_remnant(planned.path, kind),
-            replace_copy=may_derive(copy, existing, planned.path),
-        )
-        outputs.append(output)
-        if not there:
-            missing.append(output)
-    return job._replace(outputs=tuple(outputs), missing=tuple(missing))
+        output = planned
+        if claims is not None and options.existing == "refuse":  # also what has moved
+            path = claims.paths.get(planned.planned, planned.path)
+            output = output_at(path, planned.planned, job, options)
+        elif claims is not None:
+            output = claims.find(job, planned, options)
+        elif options.existing == "keep":
+            output = find_by_name(planned, job.request.output_format)
+        replace_copy = may_derive(output.copy or "", options.existing, output.path)
+        replace = options.existing == "replace"
+        outputs.append(output._replace(replace=replace, replace_copy=replace_copy))
+    stale = [output for output in outputs if output.stale]
+    missing = [output for output in outputs if not output.origin and not stale]
+    return job._replace(outputs=tuple(outputs), missing=tuple(missing), stale=stale_sentence(stale))
+
+
+# What the folder of a batch has, and for whom. Its manifest says of each image what it was made
+# from; the digest of that is what a job asks for. A job gets, in this order,
+#
+#   1  the image under its own name, if it has been made from this very request;
+#   2  any other that has been, and that no job has got by 1: lines have moved, or n is another.
+#      Under an automatic name it stays where it is; one that was asked for, it gets as well;
+#   3  whatever is there under its name that the manifest does not know.
+#
+# Anything else under its name was made from another request: it belongs to another job, so that an
+# automatic name gives way, or it is stale, and stays until --remake.
+
+DIGEST_VERSION = 1
+UNDIGESTED = ("n", "stream", "partial_images", "safety_identifier")  # they change no image
+
+
+@functools.cache
+def digest_of_content(name: str, *_state: int) -> str:
+    """Return the SHA-256 of a file, whose state says when it has to be read again."""
+    with open(name, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_digest(name: str) -> str:
+    """Return the SHA-256 of a file. Raises OSError, also for what is none."""
+    found = os.stat(name)
+    if not os.path.isfile(name):
+        raise OSError(f"{name} is no file")
+    state = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return digest_of_content(os.path.abspath(name), *state)
+
+
+def with_digest(job: Job) -> Job:
+    """Say what makes the images of a job, in full and as a digest."""
+    request = job.request
+    asked = {key: value for key, value in request.payload.items() if key not in UNDIGESTED}
+    asked["endpoint"] = request.endpoint
+    asked["prompt"] = hashlib.sha256(request.prompt.encode()).hexdigest()
+    try:
+        for role, names in (
+            ("image", request.image),
+            ("mask", request.mask and [request.mask]),
+            ("markup", request.markup and [request.markup]),
+        ):
+            if names:
+                asked[role] = [file_digest(name) for name in names]
+    except (OSError, ValueError):  # preflight says so
+        return job._replace(asked={}, digest="")
+    content = json.dumps(asked, sort_keys=True).encode()
+    digest = f"{DIGEST_VERSION}-{hashlib.sha256(content).hexdigest()}"
+    return job._replace(asked=asked, digest=digest)
+
+
+def read_entry(line: bytes) -> Entry | None:
+    """Read a line of a manifest; None for one that is torn, foreign, or of another version."""
+    with suppress(ValueError, TypeError, RecursionError):
+        fields = mapping(json.loads(line))
+        entry = Entry(**{key: fields[key] for key in Entry._fields if key in fields})
+        names = (entry.name, entry.temporary)
+        numbers = (entry.bytes, entry.mtime)
+        if (
+            all(isinstance(text, str) for text in (*names, entry.prompt, entry.sha256))
+            and all(isinstance(number, int) for number in numbers)
+            and isinstance(entry.asked, dict)
+            and str(entry.digest).startswith(f"{DIGEST_VERSION}-")
+            and all(name.isprintable() and os.path.basename(name) == name for name in names)
+        ):
+            return entry
+    return None
+
+
+def read_manifest(folder: str) -> dict[str, Entry]:
+    """Return what a folder remembers of its images, by name; the last word on each counts."""
+    name = os.path.join(folder, MANIFEST_NAME)
+    entries = {}
+    with suppress(OSError):
+        if os.path.isfile(name):
+            with open(name, "rb") as file:
+                entries = {entry.name: entry for entry in map(read_entry, file) if entry}
+    return {name: entry for name, entry in entries.items() if name and not entry.void}
+
+
+def origin_of(folder: str, entry: Entry) -> Origin | None:
+    """Tell whether the image of an entry is there, and still as it was made."""
+    path = os.path.join(folder, entry.name)
+    if entry.temporary and not os.path.lexists(path):  # its writing was broken off at the end
+        path = os.path.join(folder, entry.temporary)
+    with suppress(OSError):
+        found = os.stat(path)
+        if found.st_size == entry.bytes and (
+            found.st_mtime_ns == entry.mtime or file_digest(path) == entry.sha256
+        ):
+            return "made"
+        seen = probe_file(path)
+        return "changed" if seen and seen.whole else None
+    return None
+
+
+def difference(entry: Entry, job: Job) -> str:
+    """Say in which of its parts an image was made from another request than that of a job."""
+    keys = dict.fromkeys((*job.asked, *entry.asked))
+    other = [key for key in keys if entry.asked.get(key) != job.asked.get(key)]
+    return listing(key for key in other if key != "endpoint") or "request"
+
+
+def stale_sentence(stale: Sequence[Output]) -> str:
+    """Say of images that were made from other requests what they are, and what can be done."""
+    if not stale:
+        return ""
+    first, many = stale[0], len(stale) > 1
+    name, archive = os.path.basename(first.path), os.path.basename(first.archive)
+    more = f" and {len(stale) - 1} more" if many else ""
+    were, them, ones = ("were", "them", "ones") if many else ("was", "it", "one")
+    way = f"makes {them} again"
+    if first.source:
+        way = f"puts {os.path.basename(first.source)} there, which was made from this one"
+    return (
+        f"{name}{more} {were} made from another {first.stale}; --remake {way} and keeps the old "
+        f"{ones} as {archive}{' and so on' if many else ''}"
+    )
+
+
+class Claims:
+    """Which images of a folder belong to which jobs; each of them belongs to one at most."""
+
+    def __init__(self, jobs: Sequence[Job], entries: Mapping[str, Entry], folder: str) -> None:
+        self.entries = entries
+        self.folder = folder
+        self.origins = {
+            name: origin
+            for name, entry in entries.items()
+            if (origin := origin_of(self.folder, entry))
+        }
+        planned = [(output.planned, job.digest) for job in jobs for output in job.outputs]
+        self.reserved = {path for path, _ in planned}
+        self.paths = self.claim(planned)
+        self.taken = frozenset(self.paths.values())
+
+    def claim(self, planned: Sequence[tuple[str, str]]) -> dict[str, str]:
+        """Return the paths of the images that are there, by the paths that were planned."""
+        free = dict(self.origins)
+        paths = {}
+        for path, digest in planned:
+            name = os.path.basename(path)
+            if name in free and self.entries[name].digest == digest:
+                paths[path] = path
+                del free[name]
+        spare: dict[str, list[str]] = {}
+        for name in free:
+            if not self.entries[name].kept:
+                spare.setdefault(self.entries[name].digest, []).append(name)
+        for path, digest in planned:
+            if path not in paths and spare.get(digest):
+                paths[path] = os.path.join(self.folder, spare[digest].pop(0))
+        return paths
+
+    def free(self, names: Iterable[str], content_of: str | None = None) -> str:
+        """Return the first name that is no file's or job's, or has the content of another one."""
+        for name in names:
+            if content_of and same_content(name, content_of):
+                return name
+            if name not in self.reserved and not os.path.lexists(name):
+                self.reserved.add(name)
+                return name
+        raise AssertionError("names are endless")
+
+    def archive(self, path: str) -> str:
+        """Return the name by which what stands under a path is kept, if anything does.
+
+        A run that was killed may have got as far as that.
+        """
+        return self.free(old_names(path), path) if os.path.lexists(path) else ""
+
+    def find(self, job: Job, output: Output, options: RunOptions) -> Output:
+        """Say where an image of a job is, or where it will be, and what stands there now."""
+        planned, claimed = output.planned, self.paths.get(output.planned)
+        path = planned
+        if claimed and (job.automatic or claimed == planned):
+            path = claimed
+        elif job.automatic and planned in self.taken:  # it belongs to another job
+            path = self.free(free_names(planned))
+        output = output_at(path, planned, job, options)
+        origin = self.origins.get(os.path.basename(claimed)) if claimed else None
+        if options.remake and options.only is not None:  # also what is not stale
+            return output._replace(archive=self.archive(path))
+        if claimed == path:
+            return output._replace(origin=origin)
+        if os.path.basename(path) in self.origins:
+            output = output._replace(source=claimed or "", origin=origin)
+            return self.find_other(job, output, options)
+        if not claimed:
+            return find_by_name(output, job.request.output_format)
+        if os.path.lexists(path):  # and nobody knows what it is
+            return output_at(claimed, planned, job, options)._replace(origin=origin)
+        return output._replace(source=claimed, origin=origin)
+
+    def find_other(self, job: Job, output: Output, options: RunOptions) -> Output:
+        """Say what is to be done about a name whose image was made from another request."""
+        if not job.digest:  # who can tell?
+            return output._replace(origin="unknown")
+        output = output._replace(archive=self.archive(output.path))
+        if options.remake:
+            return output
+        entry = self.entries[os.path.basename(output.path)]
+        return output._replace(stale=difference(entry, job), origin=None)
+
+
+def select_jobs(jobs: Sequence[Job], only: str, paths: Mapping[str, str]) -> set[int]:
+    """Return the numbers of the jobs that --only means: by number, range, or name of an image.
+
+    Paths says where images are that do not lie where they were planned. Raises a UsageError for
+    what means no job.
+    """
+    named: dict[str, int] = {}
+    for job in jobs:
+        planned = [output.planned for output in job.outputs]
+        found = [*planned, *(paths.get(path, path) for path in planned)]
+        named |= dict.fromkeys((job.name or "", *map(os.path.basename, found)), job.number)
+    chosen: set[int] = set()
+    for part in [only] if only in named else map(str.strip, only.split(",")):
+        span = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part)
+        low, high = (int(span[1]), int(span[2] or span[1])) if span else (0, 0)
+        meant = {job.number for job in jobs if low <= job.number <= high}
+        meant |= {named[part]} if part in named else set()
+        if not meant:
+            close = difflib.get_close_matches(part, named, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise UsageError(
+                f"--only {received(part)} matches no job{hint}; accepted are numbers from 1 to "
+                f"{len(jobs)}, as 3,7-9, and file names of the images"
+            )
+        chosen |= meant
+    return chosen
 
 
 # ── 8 · Preflight ─────────────────────────────────────────────────────────────────────────────────
@@ -1750,6 +2086,8 @@ def check_run(options: RunOptions) -> Iterator[str]:
         )
     elif max_dim is not None and ("/" in suffix or os.sep in suffix):
         yield f"--downscale-suffix {suffix}: no path separator, please"
+    if options.remake and options.force:
+        yield "--remake and --force are both given; --remake keeps what --force replaces"
     sheet = options.contact_sheet
     if sheet is not None and name_format(sheet) not in PICTURE_FORMATS:
         yield f"--contact-sheet {sheet}: the name has to end with .png, .jpg or .webp"
@@ -1804,8 +2142,12 @@ def targets(plan: Plan) -> Iterator[Target]:
     """Yield every file of a run."""
     for job in plan.jobs:
         for output in job.outputs:
-            replace = output.replace or output.mend or output not in job.missing
+            replace = output.replace or output.mend or bool(output.archive)
+            replace = replace or output not in job.missing
             yield Target(job.line, output.path, replace, f"{job.where}the image", "image")
+            if output.archive:
+                former = f"{job.where}the former image"
+                yield Target(job.line, output.archive, replace=True, what=former)
             if output.copy:
                 copy = f"{job.where}the downscaled copy"
                 yield Target(job.line, output.copy, output.replace_copy, copy, "copy")
@@ -1824,13 +2166,8 @@ def check_target(target: Target, plan: Plan) -> Iterator[str]:
         yield f"{name} is a folder; an image is to be written there"
     elif stranger and plan.submitted:
         return  # what is paid for is saved beside it
-    elif stranger and plan.existing == "keep":
-        yield f"{name} {STRANGERS[target.kind].format(name_format(name) or DEFAULT_FORMAT)}"
     elif stranger:
-        yield (
-            f"{name} exists; choose another name, --force to replace it, "
-            "or --skip-existing to keep it"
-        )
+        yield f"{name} {STRANGERS[target.kind].format(name_format(name) or DEFAULT_FORMAT)}"
     elif any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in parts):
         yield f"a name of over {MAX_NAME_BYTES} bytes: {received(name)}"
     elif len(os.fsencode(os.path.abspath(name))) > MAX_PATH_BYTES - LONGEST_ADDITION:
@@ -1839,11 +2176,31 @@ def check_target(target: Target, plan: Plan) -> Iterator[str]:
         yield f"{name}: Windows has no such name; leave out {WINDOWS_CHARACTERS}, CON, NUL and such"
 
 
+def is_in_the_way(target: Target, plan: Plan) -> bool:
+    """Tell whether a file stands under a name that nobody has said what to do about."""
+    if target.replace or plan.existing != "refuse" or plan.submitted:
+        return False
+    return os.path.lexists(target.name) and not os.path.isdir(target.name)
+
+
+def check_in_the_way(there: Sequence[Target]) -> Iterator[tuple[int, str]]:
+    """Refuse files that exist, all of them in one sentence."""
+    names = listing(target.name for target in there[:3])
+    if len(there) == 1:
+        way = "choose another name, --force to replace it, or --skip-existing to keep it"
+        yield there[0].line, f"{names} exists; {way}"
+    elif there:
+        more = f" and {len(there) - 3:,} more" if len(there) > 3 else ""
+        way = "choose other names, --force to replace them, or --skip-existing to keep them"
+        yield 0, f"{names}{more} exist; {way}"
+
+
 def check_outputs(plan: Plan) -> Iterator[tuple[int, str]]:
     """Check that every file can be made, and that no two are the same; yields lines as well."""
     inputs = {same_file(name) for job in plan.jobs for name in job.request.files}
     taken: dict[str, str] = {}
     folders: dict[str, int] = {}
+    in_the_way: list[Target] = []
     for target in targets(plan):
         line, name, what = target.line, target.name, target.what
         key = same_file(name)
@@ -1851,10 +2208,13 @@ def check_outputs(plan: Plan) -> Iterator[tuple[int, str]]:
             yield line, f"{name} is an input image; it cannot be written as well"
         elif key in taken:
             yield line, f"{name} would be written twice: as {what} and as {taken[key]}"
+        elif is_in_the_way(target, plan):
+            in_the_way.append(target)
         else:
             yield from ((line, finding) for finding in check_target(target, plan))
         taken.setdefault(key, what)
         folders.setdefault(os.path.dirname(name), line)
+    yield from check_in_the_way(in_the_way)
     for folder, line in folders.items():
         yield from ((line, finding) for finding in check_folder(folder))
     images = sum(len(job.outputs) for job in plan.jobs)
@@ -2042,9 +2402,7 @@ VERDICT_BY_CODE: Mapping[str, tuple[Action, str]] = {
     "server_error": ("retry", "server"),
 }
 VERDICT_BY_STATUS: Mapping[int, tuple[Action, str]] = {
-    200: ("fail", "server"),  # an error object in an answer, a stream or a batch
-    300: ("stop run", "address"),  # and any other redirect that is not followed
-    400: ("fail", "invalid_request"),  # and any other below 500
+    400: ("fail", "invalid_request"),
     401: ("stop run", "authentication"),
     402: ("stop run", "quota"),
     403: ("stop model", "permission"),
@@ -2052,7 +2410,12 @@ VERDICT_BY_STATUS: Mapping[int, tuple[Action, str]] = {
     408: ("retry", "timeout"),
     409: ("retry", "conflict"),
     429: ("wait", "rate_limit"),
-    500: ("retry", "server"),  # and any other above
+}
+VERDICT_BY_SERIES: Mapping[int, tuple[Action, str]] = {  # from this status on
+    200: ("fail", "server"),  # an error object in an answer, a stream or a batch
+    300: ("stop run", "address"),  # a redirect that is not followed
+    400: ("fail", "refused"),
+    500: ("retry", "server"),
 }
 REMEDIES = {
     "address": "check OPENAI_BASE_URL",
@@ -2060,7 +2423,7 @@ REMEDIES = {
     "authentication": "check OPENAI_API_KEY",
     "permission": "ask for access to the model, or choose another with --model",
     "unknown_model": "choose another with --model",
-    "moderation": "change the prompt or the input image",
+    "moderation": "report it, ask whoever wants the image, or change the job",
 }
 # Gateways that lost the answer of a server that may have done the work.
 LOST_ANSWER_STATUSES = (502, 504, 520, 524)
@@ -2167,8 +2530,10 @@ def judge(answer: ErrorAnswer) -> Verdict:
     if status < 300 and re.fullmatch("[45][0-9][0-9]", str(code)):
         status = int(str(code))  # a gateway that answers 200 and means something else
     by_code = VERDICT_BY_CODE.get(str(code)) or VERDICT_BY_CODE.get(str(kind_of_error))
-    series = max(key for key in (200, 300, 400, 500) if key <= max(200, status))
-    action, kind = by_code or VERDICT_BY_STATUS.get(status) or VERDICT_BY_STATUS[series]
+    series = max(key for key in VERDICT_BY_SERIES if key <= max(200, status))
+    action, kind = by_code or VERDICT_BY_STATUS.get(status) or VERDICT_BY_SERIES[series]
+    if kind in ("invalid_request", "permission") and not (code or kind_of_error):
+        kind = "refused"  # by a gateway, which may mean anything
     if headers.get("x-should-retry") == "false" and action in ("retry", "wait"):
         action = "fail"
     request_id = headers.get("x-request-id")
@@ -2980,12 +3345,6 @@ def downscale(content: bytes, original: Saved, max_dim: int) -> bytes:
 # ── 12 · Write, and what is on disk ───────────────────────────────────────────────────────────────
 
 
-def free_names(name: str) -> Iterator[str]:
-    """Yield the name itself, then names beside it."""
-    yield name
-    yield from (beside(with_room(name), f"-alt-{number}") for number in count(1))
-
-
 def place(temporary: str, name: str) -> None:
     """Give a finished file its name, unless the name is taken (FileExistsError)."""
     if os.name == "nt":
@@ -3027,11 +3386,16 @@ def make_folder(folder: str) -> list[str]:
     return made
 
 
+def temporary_name(folder: str) -> str:
+    """Return a name for a file that is to get its own."""
+    return os.path.join(folder, f".image_gen-{os.urandom(6).hex()}.tmp")
+
+
 @contextmanager
 def written(folder: str, content: bytes, *, sync: bool = False) -> Iterator[str]:
     """Write a whole file under a temporary name, which goes in the end. Raises OSError."""
     make_folder(folder)
-    temporary = os.path.join(folder, f".image_gen-{os.urandom(6).hex()}.tmp")
+    temporary = temporary_name(folder)
     try:
         with open(temporary, "xb") as file:
             file.write(content)
@@ -3044,23 +3408,161 @@ def written(folder: str, content: bytes, *, sync: bool = False) -> Iterator[str]
             os.unlink(temporary)
 
 
-def settle(temporary: str, names: Iterator[str], *, replace: bool, reuse: bool = False) -> str:
+@contextmanager
+def linked(path: str) -> Iterator[str]:
+    """Give a file a second, temporary name, which goes in the end: a link, else a copy."""
+    temporary = temporary_name(os.path.dirname(path))
+    try:
+        try:
+            os.link(path, temporary)
+        except OSError:  # no hard links here
+            shutil.copy2(path, temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+        yield temporary
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary)
+
+
+# The manifest knows of an image before its name does, so that a run that is killed in between
+# neither loses it nor lets anybody take it for another:
+#
+#   temporary file, synced ──► line with both names, synced ──► the name ──► folder synced
+#
+# The next run gives the name to a temporary file that is as its line says (finish_images).
+
+
+class Manifest:
+    """The manifest of a folder, to be added to by many threads."""
+
+    def __init__(self, folder: str, entries: dict[str, Entry]) -> None:
+        self.folder = folder
+        self.path = os.path.join(folder, MANIFEST_NAME)
+        self.entries = entries
+        self.lock = threading.Lock()
+        self.problem = ""  # what it could not be told
+
+    def prove(self) -> None:
+        """Raise an OSError if nothing can be added."""
+        with open(self.path, "ab"):
+            pass
+
+    def append(self, entry: Entry) -> None:
+        """Add an entry that outlives a power cut; where that fails, an image is worth more."""
+        line = json.dumps(entry._asdict()).encode() + b"\n"
+        with self.lock:
+            self.entries[entry.name] = entry
+            if entry.void:
+                del self.entries[entry.name]
+            try:
+                with open(self.path, "ab+") as file:
+                    end = file.seek(0, os.SEEK_END)
+                    file.seek(max(0, end - 1))
+                    torn = file.read() not in (b"", b"\n")
+                    file.write(b"\n" * torn + line)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                self.problem = f"{self.path}: {error.strerror or error}"
+
+    def entry_of(self, path: str) -> Entry | None:
+        """Return what is known of an image."""
+        return self.entries.get(os.path.basename(path))
+
+
+class Note(NamedTuple):
+    """What a manifest will say of an image once it is on disk."""
+
+    manifest: Manifest
+    entry: Entry  # where its content is known, that of the image it was
+
+    def write(self, temporary: str, name: str) -> None:
+        """Add it for an image that is about to get a name."""
+        entry = self.entry
+        if not entry.sha256:
+            found, sha256 = os.stat(temporary), file_digest(temporary)
+            entry = entry._replace(sha256=sha256, bytes=found.st_size, mtime=found.st_mtime_ns)
+        name, temporary = map(os.path.basename, (name, temporary))
+        self.manifest.append(entry._replace(name=name, temporary=temporary, time=now()))
+
+    def withdraw(self, name: str) -> None:
+        """Say that the image has got another name."""
+        self.manifest.append(self.entry._replace(name=os.path.basename(name), void=True))
+
+
+def settle(
+    temporary: str,
+    names: Iterator[str],
+    *,
+    replace: bool = False,
+    reuse: bool = False,
+    note: Note | None = None,
+) -> str:
     """Give a file the first of the names that is free, and return it.
 
     With replace, the first name is taken in any case; with reuse, a file that has this very content
-    is taken for it.
+    is taken for it. The note is written before the name is given.
     """
     for name in names:
-        if replace:
-            os.replace(temporary, name)
-            return name
+        if os.path.lexists(name) and not replace:
+            if reuse and same_content(temporary, name):
+                return name
+            continue
+        if note:
+            note.write(temporary, name)
         try:
-            place(temporary, name)
-        except FileExistsError:
-            if not (reuse and same_content(temporary, name)):
-                continue
+            (os.replace if replace else place)(temporary, name)
+        except FileExistsError:  # in this very moment
+            if note:
+                note.withdraw(name)
+            continue
         return name
     raise AssertionError("names are endless")
+
+
+def keep_former(path: str, archive: str, former: Entry | None, manifest: Manifest) -> None:
+    """Keep an image that another is about to take the place of, under a name for old ones."""
+    note = former and Note(manifest, former._replace(kept=True, usage=None))
+    with linked(path) as second:
+        settle(second, chain([archive], old_names(path)), reuse=True, note=note)
+
+
+def finish_images(manifest: Manifest) -> None:
+    """Give their names to images whose run was killed when only that was left to do."""
+    found = [entry for entry in manifest.entries.values() if entry.temporary]
+    left = set(os.listdir(manifest.folder or ".")) if found else set()
+    for entry in found:
+        temporary, path = (
+            os.path.join(manifest.folder, name) for name in (entry.temporary, entry.name)
+        )
+        if entry.temporary in left and file_digest(temporary) == entry.sha256:
+            if os.path.lexists(path) and not same_content(temporary, path):
+                keep_former(path, next(old_names(path)), None, manifest)
+            os.replace(temporary, path)
+            remove_files([temporary])  # where both are one file, as links are
+            sync_folder(manifest.folder)
+
+
+def adopt_images(plan: Plan, manifest: Manifest) -> None:
+    """Link images that lie under other names to those that their jobs ask for."""
+    outputs = [output for job in plan.jobs for output in job.outputs]
+    with ExitStack() as stack:
+        moves = [
+            (output, stack.enter_context(linked(output.source)), manifest.entry_of(output.source))
+            for output in outputs
+            if output.source and output.origin
+        ]
+        for output, second, entry in moves:
+            if output.archive:
+                former = manifest.entry_of(output.path)
+                keep_former(output.path, output.archive, former, manifest)
+            note = entry and Note(manifest, entry._replace(usage=None, kept=False))
+            settle(second, free_names(output.path), replace=bool(output.archive), note=note)
+            if entry and manifest.entry_of(output.source) is entry:
+                manifest.append(entry._replace(usage=None, kept=True))
+    if moves:
+        sync_folder(manifest.folder)
 
 
 def write_file(name: str, content: bytes, *, replace: bool, sync: bool = False) -> str:
@@ -3104,7 +3606,7 @@ def unwritten(target: str, content: bytes, error: OSError) -> JobError:
 
 
 def save_image(
-    output: Output, content: bytes, request: ImageRequest, names: Iterator[str]
+    output: Output, content: bytes, request: ImageRequest, names: Iterator[str], note: Note | None
 ) -> tuple[Saved, list[str]]:
     """Write one original, byte for byte as it came; what is no whole image is kept beside it.
 
@@ -3122,14 +3624,25 @@ def save_image(
                 what = "cut off" if picture else "none that is known here"
                 kept = f"its {len(content):,} bytes are kept as {name}"
                 raise bad_answer(f"an image of the answer is {what}; {kept}")
-            mended = output.mend and is_remnant(target, request.output_format)
-            name = settle(
-                temporary, names, replace=output.replace or mended, reuse=output.collected
-            )
+            name = give_name(temporary, output, request, names, note)
     except OSError as error:
         raise unwritten(target, content, error) from None
     saved = Saved(name, len(content), picture.width, picture.height, picture.format, picture.alpha)
     return saved, [f"{name}: {surprise}" for surprise in differences(request, picture)]
+
+
+def give_name(
+    temporary: str, output: Output, request: ImageRequest, names: Iterator[str], note: Note | None
+) -> str:
+    """Give an image its name; what stands there is kept beside it, or replaced, or left alone."""
+    path, reuse = output.path, output.collected
+    replace = output.replace or (output.mend and is_remnant(path, request.output_format))
+    if note and output.archive and os.path.lexists(path):
+        if reuse and same_content(temporary, path):
+            return path
+        keep_former(path, output.archive, note.manifest.entry_of(path), note.manifest)
+        replace = True
+    return settle(temporary, names, replace=replace, reuse=reuse, note=note)
 
 
 def keep_answer(path: str, raw: Callable[[], bytes]) -> str:
@@ -3162,7 +3675,9 @@ def usage_of(answer: Mapping[str, Any]) -> dict[str, Any] | None:
     return {**usage, "svg_usage": svg_usage} if svg_usage else usage
 
 
-def save_items(job: Job, items: list[Any]) -> tuple[dict[str, Saved], list[str], list[Failure]]:
+def save_items(
+    job: Job, items: list[Any], note: Note | None
+) -> tuple[dict[str, Saved], list[str], list[Failure]]:
     """Write each item of an answer as an image; return warnings and failures, too."""
     images: dict[str, Saved] = {}
     warnings: list[str] = []
@@ -3173,14 +3688,15 @@ def save_items(job: Job, items: list[Any]) -> tuple[dict[str, Saved], list[str],
         item, items[index] = items[index], None  # an image that is written needs no memory
         output = job.missing[min(index, asked - 1)]
         if index >= asked:
-            output = output._replace(replace=False, mend=False, collected=False)
+            output = output._replace(replace=False, mend=False, archive="", collected=False)
         try:
             content = decode_item(item)
             names = surplus if index >= asked else free_names(output.path)
-            saved, surprises = save_image(output, content, job.request, names)
+            saved, surprises = save_image(output, content, job.request, names, note)
         except JobError as error:
             failures.append(error.failure)
             continue
+        note = note and note._replace(entry=note.entry._replace(usage=None))
         warnings += surprises
         if index < asked:
             images[output.path] = saved
@@ -3193,13 +3709,23 @@ def save_items(job: Job, items: list[Any]) -> tuple[dict[str, Saved], list[str],
     return images, warnings, failures
 
 
-def save_answer(job: Job, answer: Answer) -> Delivery:
+def note_on(job: Job, answer: Answer, request_id: str | None, manifest: Manifest) -> Note:
+    """Return what a manifest is to say of the images of an answer."""
+    entry = Entry("", job.digest, job.asked, job.request.title, job.request.model)
+    usage = usage_of(answer.fields)
+    return Note(manifest, entry._replace(request_id=request_id, usage=usage))
+
+
+def save_answer(
+    job: Job, answer: Answer, request_id: str | None, manifest: Manifest | None
+) -> Delivery:
     """Save what an answer brings; what brings less than was asked for is kept as it came, too.
 
     Runs in a worker thread.
     """
     asked, came = len(job.missing), len(answer.items)
-    images, warnings, failures = save_items(job, answer.items)
+    note = note_on(job, answer, request_id, manifest) if manifest and job.digest else None
+    images, warnings, failures = save_items(job, answer.items, note)
     for folder in dict.fromkeys(os.path.dirname(image.path) for image in images.values()):
         sync_folder(folder)
     if not came:
@@ -3258,32 +3784,90 @@ def save_copy(original: Saved, output: Output, max_dim: int, *, remake: bool) ->
 def images_on_disk(job: Job, came: Mapping[str, Saved]) -> dict[str, Saved]:
     """Return the images of a job by path: those that came now, and those that were there before."""
     missing = {output.path for output in job.missing}
-    found = {
-        path: came.get(path) or (None if path in missing else saved_file(path))
-        for path in (output.path for output in job.outputs)
-    }
-    return {path: image for path, image in found.items() if image}
+    found = dict(came)
+    for output in job.outputs:
+        if output.path not in missing and not output.stale and (image := saved_file(output.path)):
+            found[output.path] = image._replace(origin=output.origin or "unknown")
+    return {output.path: found[output.path] for output in job.outputs if output.path in found}
+
+
+def is_gone(process: object) -> bool:
+    """Tell whether a process of this machine has ended."""
+    if os.name == "nt":  # where a process cannot be asked; but it keeps its lock file open
+        return True
+    try:
+        os.kill(int(str(process)), 0)
+    except (ValueError, OverflowError, PermissionError):
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def drop_stale_lock(path: str) -> None:
+    """Remove a lock file whose process has ended; raise a UsageError if it has not."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+    except FileNotFoundError:  # its process has just ended
+        return
+    owner = mapping(load_json(content))
+    host, process, since = (owner.get(key, "unknown") for key in ("host", "process", "since"))
+    with suppress(OSError):  # Windows refuses to move what is open
+        if host == socket.gethostname() and is_gone(process):
+            stale = f"{path}.{os.urandom(6).hex()}"
+            os.rename(path, stale)
+            with open(stale, "rb") as file:
+                if file.read() != content:  # of another who took it over in this very moment
+                    os.rename(stale, path)
+                    return
+            os.unlink(stale)
+            return
+    raise UsageError(
+        f"another process works here: {process} on {host}, since {since}; wait for it, or end it; "
+        f"if it has ended, delete {path}"
+    )
+
+
+def hold_lock_file(folder: str, stack: ExitStack) -> None:
+    """Keep others out by a file that says who is here, until the stack ends."""
+    path = os.path.join(folder, LOCK_NAME)
+    owner = {"host": socket.gethostname(), "process": os.getpid(), "since": now()}
+    with written(folder, json.dumps(owner).encode()) as temporary:
+        while True:
+            try:
+                place(temporary, path)
+                break
+            except FileExistsError:
+                drop_stale_lock(path)
+    stack.callback(remove_files, [path])
+    stack.enter_context(open(path, "rb"))  # noqa: SIM115 - until the stack ends
 
 
 @contextmanager
 def locked(folder: str) -> Iterator[None]:
-    """Keep a second process out of a folder, which is made, and goes again upon a refusal."""
+    """Keep a second process out of a folder, which is made, and goes again upon a refusal.
+
+    By the system's lock, which ends with its process, however that ends; where there is none, as
+    on Windows and some network disks, by a lock file.
+    """
     made: list[str] = []
     with ExitStack() as stack:
-        # Preflight says what is wrong with the folder. A network disk may have no locks, and
-        # Windows, which has none, opens no folder.
-        with suppress(OSError):
+        with suppress(OSError):  # preflight says what is wrong with the folder
             made = make_folder(folder)
-            descriptor = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, descriptor)
             try:
+                descriptor = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, descriptor)
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 problem = f"another process works on {folder}; wait for it, or end it"
                 raise UsageError(problem) from None
+            except (OSError, ImportError):
+                hold_lock_file(folder, stack)
         try:
             yield
         except UsageError:
+            stack.close()
             for name in made:
                 with suppress(OSError):
                     os.rmdir(name)
@@ -3310,16 +3894,21 @@ def tell(line: str) -> None:
 
 def as_record(outcome: Outcome) -> dict[str, Any]:
     """Return an outcome as a line of --json; references/cli.md documents it."""
-    job, delivery = outcome.job, outcome.delivery
-    failure = None if isinstance(outcome, Done) else outcome.failure
+    job, delivery, failure = outcome.job, outcome.delivery, outcome.failure
     return {
         "job": job.number,
-        "status": type(outcome).__name__.lower(),
+        "line": job.line,
+        "status": outcome.status,
+        "title": job.request.title,
         "prompt": job.request.prompt,
         "endpoint": job.request.endpoint,
         "model": job.request.model,
+        "planned": [output.planned for output in job.outputs],
         "outputs": [image._asdict() for image in delivery.images.values()],
-        "outputs_downscaled": [image._asdict() for image in delivery.copies],
+        "outputs_downscaled": [
+            {key: value for key, value in copy._asdict().items() if key != "origin"}
+            for copy in delivery.copies
+        ],
         "partials": list(delivery.drafts),
         "attempts": delivery.attempts,
         "seconds": round(delivery.seconds, 3),
@@ -3332,6 +3921,29 @@ def as_record(outcome: Outcome) -> dict[str, Any]:
     }
 
 
+# Failures that repeating the command unchanged does not mend. Whatever else fails may pass.
+LASTING = (
+    *("moderation", "invalid_request", "unknown_model", "permission", "authentication", "quota"),
+    *("input", "stale"),
+)
+# When it makes sense to repeat the command, after what is not mended by time alone.
+CONDITIONS = {
+    "moderation": "after the refused job has been changed",
+    "invalid_request": "after the job has been changed",
+    "input": "after the input image has been put back",
+    "unknown_model": "with another model",
+    "permission": "with access to the model, or another one",
+    "authentication": "with another OPENAI_API_KEY",
+    "quota": "after topping up",
+    "stale": "to have stale images made again, with --remake",
+    "address": "with another OPENAI_BASE_URL",
+    "write": "with room on the disk",
+    "bad_answer": "to pay for an answer once more",
+}
+STATUSES: tuple[Status, ...] = ("done", "skipped", "stale", "submitted", "not_sent", "failed")
+PROGRESS_SECONDS = 10.0  # between two lines, where there is no terminal
+
+
 class Report:
     """Everything that is printed while jobs run, and the exit code."""
 
@@ -3341,65 +3953,105 @@ class Report:
         self.clock = time.monotonic
         self.started = self.clock()
         self.terminal = sys.stderr.isatty() and not options.quiet
-        self.counts = {Done: 0, Failed: 0, Skipped: 0}
+        self.counts: dict[tuple[Status, str], int] = {}  # by status, and the cause of it
+        self.left: dict[str, list[Job]] = {}  # by what has to happen first
+        self.unsent: dict[str, int] = {}  # by the reason, in words
         self.images = self.tokens = self.in_flight = 0
-        self.incomplete = False
-        self.not_sent = 0
+        self.incomplete = False  # and repeating the command can help
+        self.lasting = False  # incomplete as well, and it cannot
         self.interrupted = False
         self.unfinished = False
         self.waiting_until = 0.0
         self.stdout_open = True
 
+    @property
+    def ended(self) -> int:
+        """How many jobs have ended."""
+        return sum(self.counts.values())
+
     def add(self, outcome: Outcome) -> None:
         """Report the end of a job."""
-        job, delivery = outcome.job, outcome.delivery
-        images = [image.path for image in delivery.images.values()]
-        self.counts[type(outcome)] += 1
+        job, delivery, failure = outcome.job, outcome.delivery, outcome.failure
+        status, cause = outcome.status, failure.cause if failure else ""
+        self.counts[status, cause] = self.counts.get((status, cause), 0) + 1
         tokens = mapping(delivery.usage).get("total_tokens")
         self.tokens += tokens if isinstance(tokens, int) else 0
         for warning in delivery.warnings:
             self.warn(f"{job.where}{warning}")
-        if not isinstance(outcome, Skipped):
-            self.images += len(images)
-        if self.options.json:
-            self.result(json.dumps(as_record(outcome), allow_nan=False))
-        elif not isinstance(outcome, Skipped):
-            for path in (*images, *(copy.path for copy in delivery.copies)):
-                self.result(f"Wrote {path}")
-        done = f"[{sum(self.counts.values())}/{self.total}]"
-        if isinstance(outcome, Done):
-            took = f"{duration(delivery.seconds)} " if delivery.seconds else ""
-            self.note(f"{done} {took}{listing(images)}")
-        elif outcome.failure is None:
-            self.note(f"{done} {job.where}skipped, its files are there")
-        else:
-            self.incomplete = True
-            self.not_sent += isinstance(outcome, Skipped)
-            if isinstance(outcome, Failed):
-                self.error(f"{job.where}{outcome.failure.message}")
+        if status not in ("skipped", "stale"):
+            self.images += sum(image.origin == "new" for image in delivery.images.values())
+        if failure:
+            self.left.setdefault(CONDITIONS.get(cause, ""), []).append(job)
+            self.lasting |= cause in LASTING
+            self.incomplete |= cause not in LASTING
+        self.tell_end(outcome)
+        if status == "not_sent" and failure:
+            self.unsent[failure.message] = self.unsent.get(failure.message, 0) + 1
+        elif failure and status != "submitted":
+            self.error(f"{job.where}{failure.message}")
         self.status()
 
-    def close(self, halted: Failure | None, resume: str = "") -> None:
+    def tell_end(self, outcome: Outcome) -> None:
+        """Print what a job has brought: on stdout, and on a terminal as progress."""
+        delivery = outcome.delivery
+        images = [image.path for image in delivery.images.values()]
+        wrote = [f"Wrote {path}" for path in (*images, *(copy.path for copy in delivery.copies))]
+        if isinstance(outcome, Skipped):
+            wrote = []
+        if self.options.json:
+            wrote = [json.dumps(as_record(outcome), allow_nan=False)]
+        for line in wrote:
+            self.result(line)
+        seen = not self.options.json and sys.stdout.isatty()  # each path once
+        if self.terminal and isinstance(outcome, Done) and not seen:
+            self.note(f"[{self.ended}/{self.total}] {duration(delivery.seconds)} {listing(images)}")
+
+    def close(self, resume: str = "", halted: Failure | None = None) -> None:
         """Print what remains to be said at the end of the run."""
-        done, failed, skipped = self.counts.values()
-        if halted is not None and self.not_sent:
-            self.error(f"{counted(self.not_sent, 'job')} not done: {halted.message}")
+        for reason, number in self.unsent.items():
+            self.error(f"{counted(number, 'job')} not sent: {reason}")
+        waiting = sum(
+            number for (status, _), number in self.counts.items() if status == "submitted"
+        )
+        if halted and waiting:
+            self.error(f"{counted(waiting, 'job')} not collected: {halted.message}")
+        by_status = sorted(self.counts.items(), key=lambda item: STATUSES.index(item[0][0]))
+        ends = listing(
+            f"{number} {status.replace('_', ' ')}"
+            + ("" if cause in ("", status) else f" ({cause})")
+            for (status, cause), number in by_status
+        )
         elapsed = duration(self.clock() - self.started)
         self.note(
-            f"{counted(self.total, 'job')}: {done} done, {failed} failed, {skipped} skipped; "
+            f"{counted(self.total, 'job')}: {ends}; "
             f"{counted(self.images, 'image')}, {counted(self.tokens, 'token')}, {elapsed}"
         )
-        if self.interrupted or self.unfinished or (self.incomplete and (resume or self.total > 1)):
-            force = " instead of --force" if self.options.force else ""
-            again = resume or f"To resume, repeat the command with --skip-existing{force}."
-            (self.say if self.interrupted else self.note)(again)
+        for line in self.ways_on(resume):
+            (self.say if self.interrupted else self.note)(line)
+
+    def ways_on(self, resume: str) -> Iterator[str]:
+        """Say how to get what is missing, and under which condition."""
+        options = self.options
+        force = " instead of --force" if options.force else ""
+        again = f"repeat the command with --skip-existing{force}"
+        for condition, jobs in sorted(self.left.items()):
+            if options.only is not None and options.remake:
+                numbers = ",".join(str(job.number) for job in jobs)
+                again = f"repeat the command with --only {numbers}"
+            when = condition[:1].upper() + condition[1:]
+            for_these = f"{when}: {again} ({counted(len(jobs), 'job')})."
+            yield for_these if condition else resume or f"To resume, {again}."
+        if self.interrupted and not self.left:
+            yield resume or f"To resume, {again}."
 
     @property
     def exit_code(self) -> int:
-        """Return 130 when interrupted, 3 when batches go on, else 1 when an image is missing."""
+        """Return the exit code; where several would do, the one that asks for a repetition."""
         if self.interrupted:
             return 130
-        return 3 if self.unfinished else int(self.incomplete)
+        if self.unfinished:
+            return 3
+        return 1 if self.incomplete else 4 if self.lasting else 0
 
     def result(self, message: str) -> None:
         """Print on stdout; a reader that has gone does not end a paid run."""
@@ -3445,19 +4097,28 @@ class Report:
 
     def status(self) -> None:
         """Show how the run stands, on a terminal."""
-        done = sum(self.counts.values())
-        if not self.terminal or done == self.total:
-            return
-        now = self.clock()
+        if self.terminal and self.ended < self.total:
+            write_stderr("\r\x1b[K" + self.standing)
+
+    def progress(self) -> None:
+        """Print how the run stands, where there is no terminal."""
+        if not self.terminal and 1 < self.total > self.ended:
+            self.note(self.standing)
+
+    @property
+    def standing(self) -> str:
+        """How the run stands, in a line."""
+        now, done = self.clock(), self.ended
+        failed = sum(number for (status, _), number in self.counts.items() if status == "failed")
         parts = [f"{done}/{self.total} done", f"{self.in_flight} in flight"]
-        if self.counts[Failed]:
-            parts.append(f"{self.counts[Failed]} failed")
+        if failed:
+            parts.append(f"{failed} failed")
         if self.waiting_until > now:
             parts.append(f"rate limit: {self.waiting_until - now:.0f} s")
         if done:
             left = (now - self.started) / done * (self.total - done)
             parts.append(f"about {duration(left)} left")
-        write_stderr("\r\x1b[K" + " · ".join(parts))
+        return " · ".join(parts)
 
 
 # ── 13a · Contact sheet ───────────────────────────────────────────────────────────────────────────
@@ -3498,8 +4159,7 @@ def contact_sheet(outcomes: Sequence[Outcome], suffix_format: str) -> bytes:
             offset = ((edge - thumbnail.width) // 2, (edge - thumbnail.height) // 2)
             sheet.paste(thumbnail, (left + offset[0], top + offset[1]), thumbnail)
         else:
-            unmade = "not sent" if isinstance(outcome, Skipped) else "failed"
-            state = "no preview" if image else unmade
+            state = "no preview" if image else outcome.status.replace("_", " ")
             draw.rectangle((left, top, left + edge, top + edge), "#ffe5e5", "#c00000")
             draw.text((left + 8, top + 8), state, "#c00000", font)
         name = os.path.basename(image.path) if image else outcome.job.request.title
@@ -3541,12 +4201,20 @@ DESCRIPTORS = 16  # of the process, its event loop, a name look-up and a module 
 PROOF_BYTES = 64 * 1024
 
 
+def manifest_of(plan: Plan, options: RunOptions) -> Manifest | None:
+    """Return the manifest of a run's folder, if it has one."""
+    return None if plan.entries is None else Manifest(options.out_dir or "", plan.entries)
+
+
 class Run:
     """What the jobs of a run share."""
 
-    def __init__(self, report: Report, savers: futures.Executor, copiers: futures.Executor) -> None:
+    def __init__(
+        self, plan: Plan, report: Report, savers: futures.Executor, copiers: futures.Executor
+    ) -> None:
         self.options = options = report.options
         self.report = report
+        self.manifest = manifest_of(plan, options)
         self.savers, self.copiers = savers, copiers
         self.channel = Channel(options, report.note, report.paused)
         self.halt = self.channel.halt
@@ -3586,7 +4254,7 @@ class Run:
             self.halt.stop_all(failure)
         elif self.options.fail_fast and not self.options.batch_api:
             reason = f"--fail-fast, {job.where}{failure.message}"
-            self.halt.stop_all(Failure("fail_fast", reason, retryable=True))
+            self.halt.stop_all(Failure("fail_fast", reason, failure.kind, retryable=True))
 
     def interrupt(self) -> None:
         """Take a signal: send nothing more; at the second one, drop what is in flight."""
@@ -3645,13 +4313,16 @@ async def fetch(job: Job, run: Run, exchange: Exchange) -> tuple[Spool, Answer |
             raise
 
 
-async def bring(job: Job, read: Callable[[], Answer], run: Run) -> tuple[Delivery, Verdict]:
+async def bring(
+    job: Job, read: Callable[[], Answer], request_id: str | None, run: Run
+) -> tuple[Delivery, Verdict]:
     """Read an answer and save what it holds, or first fetch the images that it only names."""
+    save = functools.partial(save_answer, request_id=request_id, manifest=run.manifest)
 
     def save_at_once() -> tuple[Answer, list[int], Delivery | None]:
         answer = read()  # and written in the same breath: no other answer waits unpacked
         named = [index for index, item in enumerate(answer.items) if address_in(item)]
-        return answer, named, None if named else save_answer(job, answer)
+        return answer, named, None if named else save(job, answer)
 
     answer, named, delivery = await run.in_saver(save_at_once)
     for index in named:
@@ -3663,7 +4334,7 @@ async def bring(job: Job, read: Callable[[], Answer], run: Run) -> tuple[Deliver
             message = f"the image at {address} was not fetched: {error.failure.message}"
             answer.items[index] = bad_answer(message)
     if delivery is None:
-        delivery = await run.in_saver(save_answer, job, answer)
+        delivery = await run.in_saver(save, job, answer)
     return delivery, answer.verdict
 
 
@@ -3671,7 +4342,7 @@ async def exchange_once(job: Job, run: Run, exchange: Exchange) -> tuple[Deliver
     """Send a job's request, and save what the answer brings."""
     spool, answer = await fetch(job, run, exchange)
     try:
-        return await bring(job, lambda: answer or read_spool(spool), run)
+        return await bring(job, lambda: answer or read_spool(spool), exchange.request_id, run)
     except asyncio.CancelledError:
         keep_answer(job.missing[0].path, spool.read)  # it names images that are paid for
         raise
@@ -3754,12 +4425,21 @@ async def conclude(job: Job, delivery: Delivery, run: Run) -> Outcome:
     return (Skipped if delivery.held_back else Failed)(job, delivery, failure)
 
 
+def at_rest(job: Job) -> Delivery:
+    """Return what there is of a job that nothing is sent for."""
+    if not job.stale:
+        return Delivery()
+    return Delivery(failure=Failure("stale", job.stale), held_back=True)
+
+
 async def run_job(job: Job, run: Run) -> Outcome:
     """Do all that a job needs and return its outcome."""
     exchange = Exchange(Patience(run.options))
     try:
         async with run.backlog:
-            delivery = await deliver(job, run, exchange) if job.missing else Delivery()
+            if job.missing and job.digest:
+                job = with_digest(job)  # as its input files are now
+            delivery = await deliver(job, run, exchange) if job.missing else at_rest(job)
             outcome = await conclude(job, with_history(delivery, exchange), run)
     except Exception as error:  # noqa: BLE001 - a bug must not take the other jobs' images along
         return Failed(job, Delivery(), run.bug(error))
@@ -3806,7 +4486,7 @@ def load_modules(plan: Plan, options: RunOptions) -> None:
         raise UsageError(f"a package is damaged: {one_line(error)}; install it anew") from None
 
 
-def prove_folders(plan: Plan) -> None:
+def prove_folders(plan: Plan, options: RunOptions) -> None:
     """Write a file into each folder of the images, and remove it: a full disk shows here."""
     paths = [output.path for job in plan.jobs for output in job.missing]
     made: list[str] = []
@@ -3815,6 +4495,8 @@ def prove_folders(plan: Plan) -> None:
             made[:0] = make_folder(folder)
             with written(folder, bytes(PROOF_BYTES), sync=True):
                 pass
+            if manifest := manifest_of(plan, options):
+                manifest.prove()
         except OSError as error:
             for name in made:
                 with suppress(OSError):
@@ -3871,21 +4553,23 @@ async def running(plan: Plan, report: Report) -> AsyncIterator[Run]:
     """Set up what a run needs, all of it before the first request, and take it down again."""
 
     async def keep_status() -> None:
-        while report.terminal:
-            await asyncio.sleep(0.5)
+        while True:
+            await asyncio.sleep(0.5 if report.terminal else PROGRESS_SECONDS)
             report.in_flight = run.channel.on_wire
             report.status()
+            if not report.options.batch_api:  # whose batches tell how they stand
+                report.progress()
 
     concurrency = fit_concurrency(plan, report.options)
     if concurrency < report.options.concurrency:
         report.warn(f"--concurrency {concurrency}: more would need more open files (ulimit -n)")
         report.options = report.options._replace(concurrency=concurrency)
     load_modules(plan, report.options)
-    prove_folders(plan)
+    prove_folders(plan, report.options)
     pool = functools.partial(futures.ThreadPoolExecutor, WORKERS)
     with pool() as savers, pool() as copiers:
         await start_threads(savers, copiers)
-        run = Run(report, savers, copiers)
+        run = Run(plan, report, savers, copiers)
         for handler in logging.getLogger().handlers:
             handler.addFilter(blot)
         status = asyncio.create_task(keep_status())
@@ -3895,6 +4579,9 @@ async def running(plan: Plan, report: Report) -> AsyncIterator[Run]:
                     yield run
         finally:
             status.cancel()
+        if run.manifest and run.manifest.problem:
+            said = "it will not know some images of this run"
+            report.warn(f"the manifest takes no more, {said}: {run.manifest.problem}")
 
 
 async def run_jobs(plan: Plan, report: Report) -> list[Outcome]:
@@ -3906,7 +4593,7 @@ async def run_jobs(plan: Plan, report: Report) -> list[Outcome]:
             outcome = await task
             outcomes.append(outcome)
             report.add(outcome)
-    report.close(run.halt.reason or next(iter(run.halt.models.values()), None))
+    report.close()
     return outcomes
 
 
@@ -4022,9 +4709,10 @@ class Submission:
         self.uploads: dict[str, str] = dict(content["uploads"])  # file ids by sha256
         self.shards = [Shard.read(*numbered) for numbered in enumerate(content["shards"])]
         self.sharded: bool = content["planned"]
-        self.force: bool = content["force"]
         # What it does about files that are there; its own images are no obstacle to its going on.
-        self.existing: Existing = "replace" if self.force else "keep"
+        self.force: bool = content["force"]
+        self.remake: bool = content.get("remake", False)
+        self.only: str | None = content.get("only")
         self.is_new = False  # nothing of it is on disk
 
     def are_all(self, *stages: Stage) -> bool:
@@ -4046,6 +4734,12 @@ class Submission:
         """Whether nothing remains to be submitted or collected."""
         return self.are_all(Stage.SETTLED, Stage.DROPPED)
 
+    def planning(self, options: RunOptions) -> RunOptions:
+        """Return the options that its jobs are planned by: what began it says what is replaced."""
+        if self.is_new:
+            return options
+        return options._replace(force=self.force, skip_existing=not self.force, remake=self.remake)
+
     def save(self) -> None:
         """Write the state."""
         content = {
@@ -4058,6 +4752,8 @@ class Submission:
             "shards": [shard.content for shard in self.shards],
             "planned": self.sharded,
             "force": self.force,
+            "remake": self.remake,
+            "only": self.only,
         }
         write_file(self.path, json.dumps(content).encode(), replace=True, sync=True)
 
@@ -4084,6 +4780,16 @@ def load_submission(folder: str) -> Submission | None:
         raise UsageError(f"{name} cannot be read ({one_line(error)}); move it away") from None
 
 
+def refuse_beside_batches(folder: str) -> None:
+    """Raise a UsageError if a folder waits for batches: a live run would pay for their images."""
+    submission = load_submission(folder)
+    if submission is not None and not submission.finished:
+        raise UsageError(
+            f"{folder} has submitted a batch that is not collected: add --batch-api to collect it, "
+            "or --batch-api --cancel to end it"
+        )
+
+
 def new_submission(folder: str, former: Submission | None, options: RunOptions) -> Submission:
     """Make the state of a run that has not begun; it keeps what a former run has uploaded."""
     content: dict[str, Any] = {
@@ -4095,17 +4801,12 @@ def new_submission(folder: str, former: Submission | None, options: RunOptions) 
         "shards": [],
         "planned": False,
         "force": options.force,
+        "remake": options.remake,
+        "only": options.only,
     }
     submission = Submission(folder, content)
-    submission.existing = options.existing
     submission.is_new = True
     return submission
-
-
-def file_digest(name: str) -> str:
-    """Return the SHA-256 of a file."""
-    with open(name, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def job_digests(jobs: Iterable[Job]) -> dict[int, str]:
@@ -4113,13 +4814,12 @@ def job_digests(jobs: Iterable[Job]) -> dict[int, str]:
 
     A job whose input images are gone has an empty one.
     """
-    digest_of = functools.cache(file_digest)
     digests = {}
     for job in jobs:
         request = job.request
-        names = [os.path.basename(output.path) for output in job.outputs]
+        names = [os.path.basename(output.planned) for output in job.outputs]
         try:
-            files = [digest_of(name) for name in request.files]
+            files = [file_digest(name) for name in request.files]
         except OSError:
             digests[job.number] = ""
             continue
@@ -4130,7 +4830,9 @@ def job_digests(jobs: Iterable[Job]) -> dict[int, str]:
 
 def changed_jobs(submission: Submission, jobs: Sequence[Job]) -> str:
     """Say how jobs differ from what a run has submitted; empty if they do not."""
-    if len(jobs) != len(submission.digests):
+    if {job.number for job in jobs} != set(submission.digests):
+        if submission.only is not None:
+            return f"it was begun with --only {submission.only}"
         return f"there are {counted(len(jobs), 'job')} instead of {len(submission.digests):,}"
     digests = job_digests(jobs)
     changed = [
@@ -4154,7 +4856,7 @@ def open_submission(jobs: Sequence[Job] | None, options: RunOptions) -> Submissi
     if former is None:
         return new_submission(folder, None, options)
     changed = "" if jobs is None else changed_jobs(former, jobs)
-    again = options.force or options.skip_existing
+    again = options.force or options.resumes
     if (former.finished and (changed or again)) or (former.unasked and changed):
         return new_submission(folder, former, options)
     if changed:
@@ -4216,7 +4918,8 @@ def stray_job(custom_id: str, folder: str, count: int) -> Job:
     """Stand in for the job of a result that nobody asked for here: it may have been paid for."""
     names = [f"unmatched-{slugify(custom_id)}-{number}.png" for number in range(1, count + 1)]
     outputs = tuple(Output(os.path.join(folder, name), collected=True) for name in names)
-    return Job(0, 0, ImageRequest(custom_id, custom_id), folder, None, outputs, outputs)
+    request = ImageRequest(custom_id, custom_id)
+    return Job(0, 0, request, folder, None, outputs=outputs, missing=outputs)
 
 
 class Result(NamedTuple):
@@ -4555,7 +5258,7 @@ class BatchClient:
         custom_id, job, delivery, answer = result
         if answer is not None:
             target = job or stray_job(custom_id, self.folder, max(1, len(answer.items)))
-            saved, _ = await bring(target, lambda: answer, self.run)
+            saved, _ = await bring(target, lambda: answer, delivery.request_id, self.run)
             delivery = saved._replace(attempts=delivery.attempts, request_id=delivery.request_id)
         if job is None:
             kept = listing(image.path for image in delivery.images.values())
@@ -4630,14 +5333,15 @@ class BatchClient:
         stage, batch_id = (shard.stage, shard.batch_id) if shard else (None, None)
         collected = stage is Stage.SETTLED
         if not job.missing or (collected and all(saved_file(item.path) for item in job.outputs)):
-            return job._replace(missing=()), Delivery()
+            return job._replace(missing=()), at_rest(job)
         if shard and shard.refusal and not batch_id:
             return job, Delivery(failure=shard.refusal)
         if collected:
             message = f"batch {batch_id} is collected; its image is not on disk"
             return job, Delivery(failure=Failure("batch_ended", message))
         if batch_id:
-            reason = Failure("submitted", f"in batch {batch_id}", retryable=True)
+            cause = halted.kind if halted else None
+            reason = Failure("submitted", f"in batch {batch_id}", cause, retryable=True)
         elif stage is Stage.DROPPED:
             message = "cancelled before it was submitted"
             reason = Failure("cancelled", message, retryable=True)
@@ -4672,7 +5376,7 @@ async def run_batches(plan: Plan, submission: Submission, report: Report) -> lis
         run.sending.clear()
         await client.conclude_rest(halted)
     report.unfinished = options.no_wait and halted is None and not submission.finished
-    report.close(halted, how_to_go_on(submission))
+    report.close(how_to_go_on(submission), halted)
     return list(client.outcomes.values())
 
 
@@ -4688,19 +5392,45 @@ def how_to_go_on(submission: Submission) -> str:
 # ── 16 · Main ─────────────────────────────────────────────────────────────────────────────────────
 
 
+def sum_up(plan: Plan) -> str:
+    """Return a sentence on what a folder has of what is asked for."""
+    origins = [output.origin for job in plan.jobs for output in job.outputs if output.origin]
+    doubts = listing(
+        f"{counted(origins.count(origin), 'image')} {what}"
+        for origin, what in (("unknown", "not in the manifest"), ("changed", "edited since"))
+        if origin in origins
+    )
+    stale = sum(bool(job.stale) for job in plan.jobs)
+    missing = sum(bool(job.missing) for job in plan.jobs)
+    there = len(plan.jobs) - stale - missing
+    return (
+        f"{counted(len(plan.jobs), 'job')}: {there} there{f' ({doubts})' if doubts else ''}, "
+        f"{stale} stale, {missing} missing"
+    )
+
+
 def print_dry_run(plan: Plan, report: Report) -> None:
     """Print what would be sent, a document for each job."""
     options = report.options
+    if plan.submitted:
+        report.note("nothing to send, it is submitted already")
+        return
     for job in plan.jobs:
-        if plan.submitted:
-            report.note(f"{job.where}nothing to send, it is submitted already")
-        elif not job.missing:
-            report.note(f"{job.where}nothing to send, its files are there")
-        elif options.batch_api:
+        if job.stale:
+            report.warn(f"{job.where}{job.stale}")
+        elif not job.missing and plan.entries is None:
+            report.note("nothing to send, its files are there")
+        elif job.missing and options.batch_api:
             uploads = {name: f"upload of {name}" for name in job.request.files}
             report.result(as_json(batch_line(job, uploads)))
-        else:
+        elif job.missing:
             report.result(as_json(document(job), indent=None if options.json else 2))
+
+
+def all_outcomes(plan: Plan, outcomes: Iterable[Outcome]) -> list[Outcome]:
+    """Return the outcomes of a run, and what there is of the jobs that --only left out."""
+    others = (Skipped(job, Delivery(images_on_disk(job, {}))) for job in plan.others)
+    return [*outcomes, *others]
 
 
 def run_plan(plan: Plan, submission: Submission | None, report: Report) -> int:
@@ -4713,39 +5443,78 @@ def run_plan(plan: Plan, submission: Submission | None, report: Report) -> int:
     outcomes = asyncio.run(work)
     if plan.sheet is not None:
         try:
-            write_contact_sheet(plan.sheet, outcomes, report)
+            write_contact_sheet(plan.sheet, all_outcomes(plan, outcomes), report)
         except KeyboardInterrupt:
             report.interrupted = True
             report.error("interrupted; the images are saved, the contact sheet is not written")
     return report.exit_code
 
 
-def run_command(arguments: Arguments) -> int:
-    """Read the jobs, plan and check them all, then print them or run them."""
-    options = arguments.options
+def recall(jobs: Sequence[Job], options: RunOptions) -> tuple[list[Job], dict[str, Entry]]:
+    """Return jobs with what makes their images, and what the folder remembers of its images."""
+    folder = options.out_dir or ""
+    entries = read_manifest(folder)
+    if options.dry_run and not entries:
+        return list(jobs), entries
+    if not options.dry_run:
+        try:
+            finish_images(Manifest(folder, entries))
+        except OSError as error:
+            raise UsageError(f"{folder or '.'} cannot be used: {one_line(error)}") from None
+    return [with_digest(job) for job in jobs], entries
+
+
+def plan_command(arguments: Arguments, options: RunOptions) -> tuple[Plan, Submission | None]:
+    """Read the jobs, choose those that are meant, and find what is there of their images."""
     read, problems = read_jobs(arguments)
     jobs = [plan_outputs(job, options) for job in read]
-    submission = None
+    entries = claims = submission = None
+    chosen = {job.number for job in jobs}
+    if arguments.command == "generate-batch":
+        jobs, entries = recall(jobs, options)
+        claims = Claims(jobs, entries, options.out_dir or "")
+    if options.only is not None and jobs:
+        chosen = select_jobs(jobs, options.only, claims.paths if claims else {})
+        lines = {job.line for job in jobs if job.number not in chosen}
+        problems = [problem for problem in problems if problem[0] not in lines]
+    if options.batch_api:
+        meant = [job for job in jobs if job.number in chosen]
+        submission = open_submission(None if problems else meant, options)
+        options = submission.planning(options)
+    elif entries is not None:
+        refuse_beside_batches(options.out_dir or ".")
+    claims = None if options.existing == "replace" else claims
+    found = [find_missing(job, options, claims) for job in jobs]
+    sheet = options.contact_sheet
+    plan = Plan(
+        jobs=tuple(job for job in found if job.number in chosen),
+        others=tuple(job for job in found if job.number not in chosen),
+        entries=entries,
+        problems=tuple(problems),
+        sheet=Output(sheet, replace=may_derive(sheet, options.existing)) if sheet else None,
+        existing=options.existing,
+        submitted=submission is not None and submission.submitted,
+    )
+    return plan, submission
+
+
+def run_command(arguments: Arguments) -> int:
+    """Plan the jobs and check them all, then print them or run them."""
+    options = arguments.options
     with ExitStack() as stack:
-        if options.batch_api and not options.dry_run:
+        if arguments.command == "generate-batch" and not options.dry_run:
             stack.enter_context(locked(options.out_dir or "."))
-        if options.batch_api:
-            submission = open_submission(None if problems else jobs, options)
-        existing = submission.existing if submission else options.existing
-        sheet = options.contact_sheet
-        plan = Plan(
-            jobs=tuple(find_missing(job, existing) for job in jobs),
-            problems=tuple(problems),
-            sheet=Output(sheet, replace=may_derive(sheet, existing)) if sheet is not None else None,
-            existing=existing,
-            submitted=submission is not None and submission.submitted,
-        )
+        plan, submission = plan_command(arguments, options)
         report = Report(len(plan.jobs), options)
         for warning in preflight(plan, options):
             report.warn(warning)
+        if plan.entries is not None and plan.existing == "keep":
+            report.note(sum_up(plan))
         if options.dry_run:
             print_dry_run(plan, report)
             return report.exit_code
+        if manifest := manifest_of(plan, options):
+            adopt_images(plan, manifest)
         return run_plan(plan, submission, report)
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from images_api import ImagesAPI, Ordinary
 
-WRITES = ("replace", "link")
+CALLS = {"write": ("replace", "link"), "sync": ("fsync",)}
 
 # A process that imports all modules once and has no other thread; each run is a fork of it.
 FORKS = get_context("forkserver")
@@ -40,7 +40,7 @@ FORKS.set_forkserver_preload(
 
 
 class Death(NamedTuple):
-    """When a process dies: before or after its request, or its write, of this number."""
+    """When a process dies: before or after its request, write or sync of this number."""
 
     what: str = "never"
     when: str = ""
@@ -50,11 +50,11 @@ class Death(NamedTuple):
         return (what, step) == (self.what, self.step)
 
 
-def fatal(act: Callable[..., object], counter: Iterator[int], death: Death) -> object:
+def fatal(act: Callable[..., object], counter: Iterator[int], what: str, death: Death) -> object:
     """A function of the operating system around whose call of that number the process dies."""
 
     def acting(*arguments: object) -> None:
-        is_last = death.is_at("write", next(counter))
+        is_last = death.is_at(what, next(counter))
         if is_last and death.when == "before":
             os.kill(os.getpid(), signal.SIGKILL)
         act(*arguments)
@@ -65,23 +65,25 @@ def fatal(act: Callable[..., object], counter: Iterator[int], death: Death) -> o
 
 
 def run_to_death(env: dict[str, str], death: Death, *flags: str) -> None:
-    """One run, in a process of its own; it dies by its own hand around a write."""
+    """One run, in a process of its own; it dies by its own hand around a write or a sync."""
     os.environ.update(env)
     with open("log.txt", "a") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
-    counter = count(1)
-    for name in WRITES:
-        setattr(os, name, fatal(getattr(os, name), counter, death))
     live.shorten_waits(pytest.MonkeyPatch())
-    words = ["generate-batch", "--batch-api", "--input", "jobs.jsonl", "--out-dir", "out"]
+    for what, names in CALLS.items():
+        counter = count(1)
+        for name in names:
+            setattr(os, name, fatal(getattr(os, name), counter, what, death))
+    words = ["generate-batch", "--input", "jobs.jsonl", "--out-dir", "out"]
     sys.exit(image_gen.main([*words, "--downscale-max-dim", "32", *flags]))
 
 
 class Lives:
     """Runs of one command, which the server kills when a request arrives or is half answered."""
 
-    def __init__(self, api: ImagesAPI) -> None:
+    def __init__(self, api: ImagesAPI, *flags: str) -> None:
+        self.flags = flags
         for method in ("GET", "POST"):
             api.script_route(f"{method} /v1/", self.answer, repeat=True)
         self.api = api
@@ -94,7 +96,7 @@ class Lives:
         """Runs the command until it ends or dies; its exit code."""
         self.arrivals, self.death = count(1), death
         self.started.clear()
-        arguments = (self.api.env(), death, *flags)
+        arguments = (self.api.env(), death, *self.flags, *flags)
         self.process = FORKS.Process(target=run_to_death, args=arguments, daemon=True)
         self.process.start()
         self.started.set()

@@ -139,7 +139,7 @@ def test_a_run_leaves_and_reports_what_a_live_run_does(
         records = [{key: line[key] for key in line if key not in own} for line in records]
         found.append((result.exit_code, records, contents))
     at_once, in_batches = found
-    assert at_once[0] == in_batches[0] == 1
+    assert at_once[0] == in_batches[0] == 4
     assert at_once[1] == in_batches[1]
     assert at_once[2] == in_batches[2]
     assert [line["status"] for line in at_once[1]].count("done") == len(jobs) - 1
@@ -418,7 +418,7 @@ def test_a_changed_input_file_is_a_changed_job(run: Run, api: ImagesAPI) -> None
 def test_jobs_may_change_as_long_as_nothing_was_submitted(run: Run, api: ImagesAPI) -> None:
     api.script_route(UPLOAD, unauthorized())
     failed = run(*queued(2))
-    assert failed.exit_code == 1
+    assert failed.exit_code == 4
     assert any("OPENAI_API_KEY" in line for line in live.lines(failed))
     assert run(*queued(["a", "b", "c"])).exit_code == 0
     assert submitted(api) == ["a", "b", "c"]
@@ -427,7 +427,7 @@ def test_jobs_may_change_as_long_as_nothing_was_submitted(run: Run, api: ImagesA
 def test_jobs_may_change_after_their_batch_was_refused(run: Run, api: ImagesAPI) -> None:
     api.script_route(CREATE, status(400, "This model has no batches.", code="model_not_supported"))
     failed = run(*queued(["a", "b"], "--json"))
-    assert failed.exit_code == 1
+    assert failed.exit_code == 4
     assert {failure["code"] for failure in failures(failed).values()} == {"model_not_supported"}
     assert run(*queued(["a", "c"])).exit_code == 0
     assert submitted(api) == ["a", "c"]
@@ -543,7 +543,7 @@ def test_a_batch_that_is_refused_does_not_keep_the_others_from_being_collected(
     api.script_route(CREATE, ok(), refusal, refusal)
     argv = queued(["a", {"prompt": "b", "model": FLARE}], "--json")
     first = run(*argv)
-    assert first.exit_code == 1
+    assert first.exit_code == 4
     assert live.outcomes(first)[0] == "done"
     assert failures(first)[2]["code"] == "billing_hard_limit_reached"
     run(*argv)
@@ -558,7 +558,7 @@ def test_no_wait_returns_after_submitting_and_the_same_command_collects_later(
     run: Run, api: ImagesAPI
 ) -> None:
     first = run(*queued(2, "--no-wait", "--json"))
-    assert (first.exit_code, live.outcomes(first), made()) == (3, ["skipped"] * 2, [])
+    assert (first.exit_code, live.outcomes(first), made()) == (3, ["submitted"] * 2, [])
     assert {failure["kind"] for failure in failures(first).values()} == {"submitted"}
     assert "repeat the command" in first.stderr
     assert run(*queued(2, "--no-wait")).exit_code == 3
@@ -632,7 +632,7 @@ def test_a_wait_is_ended_by_a_silence_of_max_wait_and_the_same_command_collects(
 
     api.script_route(POLL, reply, repeat=True)
     result = run(*queued(2, "--max-wait", 0.2, "--json"))
-    assert (result.exit_code, live.outcomes(result)) == (1, ["skipped"] * 2)
+    assert (result.exit_code, live.outcomes(result)) == (1, ["submitted"] * 2)
     assert "gave up, --max-wait is spent" in result.stderr
     assert 3 < routes(api)[POLL] < 100
     away = False
@@ -863,7 +863,7 @@ def test_what_stops_the_account_is_said_of_every_job_that_it_keeps_from_being_su
 ) -> None:
     api.script_route(CREATE, unauthorized())
     result = run(*queued(["a", {"prompt": "b", "model": FLARE}], "--json"))
-    assert result.exit_code == 1
+    assert result.exit_code == 4
     assert {failure["kind"] for failure in failures(result).values()} == {"authentication"}
     assert (routes(api)[CREATE], len(failures(result))) == (1, 2)
 
@@ -969,7 +969,7 @@ def test_a_refused_step_is_told_without_a_remedy_for_something_else(
 ) -> None:
     api.script_route(route, reply)
     result = run(*queued(1))
-    assert result.exit_code == 1
+    assert result.exit_code == (4 if said == "OPENAI_API_KEY" else 1)
     assert any(said in line for line in live.lines(result))
     assert "--model" not in result.stderr
     assert run(*queued(1)).exit_code == 0

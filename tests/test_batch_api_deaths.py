@@ -37,7 +37,7 @@ def forks_find_their_modules(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def lives(api: ImagesAPI) -> Lives:
-    return Lives(api)
+    return Lives(api, "--batch-api")
 
 
 class Begin(Protocol):

@@ -63,7 +63,7 @@ def test_a_failed_job_is_marked_and_keeps_its_place(
     run: Run, coloured: ImagesAPI, flags: tuple[str, ...]
 ) -> None:
     coloured.script_for("job 2", moderation_blocked())
-    assert make(run, 4, *flags).exit_code == 1
+    assert make(run, 4, *flags).exit_code == 4
     first, second, *rest = cells()
     assert [first, *rest] == [COLOURS[0], *COLOURS[2:]]
     red, green, _ = second
@@ -73,7 +73,7 @@ def test_a_failed_job_is_marked_and_keeps_its_place(
 
 def test_jobs_that_were_not_sent_are_marked_too(run: Run, coloured: ImagesAPI) -> None:
     coloured.script_for("job 2", unauthorized())
-    assert make(run, 4, "--concurrency", 1).exit_code == 1
+    assert make(run, 4, "--concurrency", 1).exit_code == 4
     first, *rest = cells()
     assert first == COLOURS[0]
     assert len(set(rest)) == 1
@@ -143,7 +143,7 @@ def test_a_title_of_any_characters_can_be_drawn(run: Run, api: ImagesAPI) -> Non
     api.script(moderation_blocked(), repeat=True)
     titles = ["日本 🦊 \u202e", "a\ttab \x07", "long " * 500, '"two\\nlines"']
     result = run(*live.batch(titles, *SHEET))
-    assert result.exit_code == 1
+    assert result.exit_code == 4
     assert "sheet" not in "".join(live.lines(result))
     assert len(cells()) == 4
 

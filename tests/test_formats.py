@@ -148,6 +148,7 @@ def test_an_svg_is_saved_as_it_came(run_process: Run, api: ImagesAPI) -> None:
     (image,) = result.json["outputs"]
     assert image == {
         "path": "fox.svg",
+        "origin": "new",
         "bytes": len(sent[0]),
         "width": 64,
         "height": 64,

@@ -72,7 +72,7 @@ def test_the_second_signal_ends_at_once(
     dropped, unsent = lines[1], lines[5]
     assert dropped["status"] == "failed"
     assert dropped["error"]["maybe_billed"] is True
-    assert unsent["status"] == "skipped"
+    assert unsent["status"] == "not_sent"
     assert unsent["error"]["maybe_billed"] is False
     assert {line["error"]["kind"] for line in lines.values()} == {"interrupted"}
 

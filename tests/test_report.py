@@ -7,12 +7,13 @@ import json
 import os
 import re
 import subprocess
+import threading
 from typing import TYPE_CHECKING, Any
 
 import image_gen
 import live
 import pytest
-from cli import Result, command, started
+from cli import command, started
 from images_api import KEY, document, html, moderation_blocked, rate_limited, status, unauthorized
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 IMAGE_KEYS = {"path", "bytes", "width", "height", "format", "alpha"}
 ERROR_KEYS = {"kind", "code", "message", "retryable", "maybe_billed"}
 KEYS = {
-    *("job", "status", "prompt", "endpoint", "model", "outputs", "outputs_downscaled", "partials"),
+    *("job", "line", "status", "title", "prompt", "endpoint", "model", "planned", "partials"),
+    *("outputs", "outputs_downscaled"),
     *("attempts", "seconds", "request_id", "usage", "size", "quality", "warnings", "error"),
 }
 
@@ -32,17 +34,20 @@ def one_of_each(run: Run, api: ImagesAPI) -> dict[str, dict[str, Any]]:
     """The lines of a job that is done, one that fails and one that is not sent, by status."""
     api.script_for("job 2", unauthorized())
     result = run(*live.batch(3, "--json", "--concurrency", 1, "--downscale-max-dim", 32))
-    assert result.exit_code == 1
+    assert result.exit_code == 4
     return {line["status"]: line for line in result.json_lines}
 
 
 def test_every_line_has_every_key(one_of_each: dict[str, dict[str, Any]]) -> None:
-    assert set(one_of_each) == {"done", "failed", "skipped"}
+    assert set(one_of_each) == {"done", "failed", "not_sent"}
     for line in one_of_each.values():
         assert set(line) == KEYS
         assert line["endpoint"] == "/v1/images/generations"
         assert line["model"] == "gpt-image-2"
-        assert line["prompt"] == f"Primary request: job {line['job']}"
+        assert line["prompt"] == f"Primary request: {line['title']}"
+        assert line["title"] == f"job {line['job']}"
+        assert line["line"] == line["job"]
+        assert line["planned"] == [f"out/00{line['job']}-job-{line['job']}.png"]
 
 
 def test_a_job_that_is_done_records_its_images(
@@ -50,10 +55,10 @@ def test_a_job_that_is_done_records_its_images(
 ) -> None:
     line = one_of_each["done"]
     (image,), (copy,) = line["outputs"], line["outputs_downscaled"]
-    assert set(image) == set(copy) == IMAGE_KEYS
+    assert set(image) - {"origin"} == set(copy) == IMAGE_KEYS
     size = os.path.getsize("out/001-job-1.png")
     facts = {"path": "out/001-job-1.png", "bytes": size, "width": 64, "height": 64}
-    assert image == facts | {"format": "png", "alpha": False}
+    assert image == facts | {"format": "png", "alpha": False, "origin": "new"}
     assert (copy["path"], copy["width"]) == ("out/001-job-1-web.png", 32)
     assert line["request_id"] == api.requests[0].request_id
     assert (line["size"], line["quality"]) == ("64x64", "medium")
@@ -66,7 +71,7 @@ def test_a_job_that_is_done_records_its_images(
 def test_a_job_that_failed_or_was_not_sent_records_why(
     one_of_each: dict[str, dict[str, Any]], api: ImagesAPI
 ) -> None:
-    failed, skipped = one_of_each["failed"], one_of_each["skipped"]
+    failed, skipped = one_of_each["failed"], one_of_each["not_sent"]
     for line in (failed, skipped):
         assert set(line["error"]) == ERROR_KEYS
         assert line["outputs"] == line["outputs_downscaled"] == []
@@ -108,28 +113,48 @@ def test_stdout_has_nothing_but_results(run: Run, api: ImagesAPI) -> None:
     assert sorted(result.stdout.splitlines()) == [f"Wrote out/{name}" for name in live.names()]
 
 
-def test_progress_counts_the_jobs_and_a_summary_ends_it(
-    start_process: Start, api: ImagesAPI
+def test_without_a_terminal_failures_and_a_summary_are_all_that_is_said(
+    run: Run, api: ImagesAPI
 ) -> None:
     api.script_for("job 2", moderation_blocked())
+    result = run(*live.batch(3, "--json"))
+    said = result.stderr.splitlines()
+    assert said[0] == f"Error: {live.error(result)}"
+    assert said[0].startswith("Error: line 2: ")
+    tokens = sum((record["usage"] or {}).get("total_tokens", 0) for record in result.json_lines)
+    assert said[1].startswith(f"3 jobs: 2 done, 1 failed (moderation); 2 images, {tokens} tokens, ")
+    assert said[2].startswith("After the refused job has been changed: repeat the command")
+    assert len(said) == 3
+
+
+def test_without_a_terminal_a_long_run_tells_now_and_then_how_it_stands(
+    run: Run, api: ImagesAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_gen, "PROGRESS_SECONDS", 0.02)
+    api.script_for("job 1", moderation_blocked())
+    told = threading.Event()
+    note = image_gen.Report.note
+
+    def listen(report: image_gen.Report, line: str) -> None:
+        note(report, line)
+        if line.startswith("1/3 done · 2 in flight · 1 failed · about "):
+            told.set()
+
+    monkeypatch.setattr(image_gen.Report, "note", listen)
     api.hold()
-    process = start_process(*live.batch(3, "--json", "--concurrency", 1))
-    assert process.stdout
-    records = []
-    for number in (1, 2, 3):  # else a job that needs no saving overtakes another
-        api.wait_for_requests(number)
+
+    def let_go() -> None:
+        api.wait_for_requests(3)
         api.release(1)
-        records.append(json.loads(process.stdout.readline()))
-    _, stderr = process.communicate()
-    said = stderr.splitlines()
-    result = Result(exit_code=process.returncode, stdout="", stderr=stderr)
-    assert re.fullmatch(r"\[1/3\] .*\d s out/001-job-1\.png", said[0])
-    assert said[1] == f"Error: {live.error(result)}"
-    assert said[1].startswith("Error: line 2: ")
-    assert re.fullmatch(r"\[3/3\] .*\d s out/003-job-3\.png", said[2])
-    tokens = sum((record["usage"] or {}).get("total_tokens", 0) for record in records)
-    summary = f"3 jobs: 2 done, 1 failed, 0 skipped; 2 images, {tokens:,} tokens, "
-    assert any(line.startswith(summary) for line in said[3:])
+        told.wait(20)
+        api.release()
+
+    releaser = threading.Thread(target=let_go)
+    releaser.start()
+    result = run(*live.batch(3, "--concurrency", 3))
+    releaser.join()
+    assert told.is_set(), result.stderr
+    assert all(" in flight" in line or "job" in line for line in result.stderr.splitlines())
 
 
 def test_quiet_leaves_errors_only(run: Run, api: ImagesAPI) -> None:
@@ -166,11 +191,12 @@ def test_a_terminal_gets_a_status_line_that_is_kept_up_to_date(api: ImagesAPI) -
     api.hold()
     argv = live.batch(3, "--concurrency", 3)
     shown, code = on_a_terminal(argv, api, until="3 in flight")
-    assert code == 1
+    assert code == 4
     for part in (r"\d/3 done", "in flight", "1 failed", r"rate limit: \d", "left"):
         assert re.search(part, shown), shown
     lines_ = [line.rsplit("\r\x1b[K", 1)[-1] for line in shown.split("\n")]
-    assert any(line.startswith("3 jobs: 2 done, 1 failed") for line in lines_)
+    assert any(line.startswith("3 jobs: 2 done, 1 failed (moderation)") for line in lines_)
+    assert any(re.match(r"\[\d/3\] .* s out/003-job-3\.png", line) for line in lines_)
     assert len(live.names()) == 2
 
 

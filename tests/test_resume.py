@@ -36,7 +36,8 @@ def test_jobs_whose_files_are_there_are_skipped_at_no_cost(run: Run, api: Images
     for line in result.json_lines:
         assert (line["attempts"], line["usage"], line["error"]) == (0, None, None)
         assert len(line["outputs"]) == 1
-    assert "0 done, 0 failed, 2 skipped" in result.stderr
+    assert result.stderr.splitlines()[0] == "2 jobs: 2 there, 0 stale, 0 missing"
+    assert "2 jobs: 2 skipped; 0 images" in result.stderr
 
 
 def test_only_the_jobs_without_files_are_sent(run: Run, api: ImagesAPI) -> None:

@@ -95,7 +95,7 @@ def test_no_part_of_the_key_is_printed_or_written(
 ) -> None:
     api.script(reply)
     result = run(*live.generate(*words), env={"OPENAI_API_KEY": SECRET})
-    assert result.exit_code == 1
+    assert live.error(result)
     assert len(api.requests) == 1
     assert told(result) == []
 

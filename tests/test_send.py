@@ -275,8 +275,8 @@ def test_what_is_hopeless_stops_the_run_and_keeps_what_is_in_flight(
     api.script(reply)
     argv = live.batch(5, "--json", "--concurrency", 2)
     result = live.run_staggered(start_process, api, argv, until=2)
-    assert result.exit_code == 1
-    assert sorted(live.outcomes(result)) == ["done", "failed", "skipped", "skipped", "skipped"]
+    assert result.exit_code == 4
+    assert sorted(live.outcomes(result)) == ["done", "failed", "not_sent", "not_sent", "not_sent"]
     assert len(api.requests) == 2
     assert len(live.names()) == 1
     failed, skipped = live.lines(result)
@@ -300,8 +300,8 @@ def test_a_model_that_is_refused_stops_the_jobs_of_that_model_only(
     jobs = [{"prompt": f"job {n}", "model": model} for n, model in enumerate(models, start=1)]
     api.script_for("job 1", reply)
     result = run(*live.batch(jobs, "--json", "--concurrency", 1))
-    assert result.exit_code == 1
-    assert live.outcomes(result) == ["failed", "done", "skipped", "done", "skipped", "done"]
+    assert result.exit_code == 4
+    assert live.outcomes(result) == ["failed", "done", "not_sent", "done", "not_sent", "done"]
     refused = next(line for line in result.json_lines if line["job"] == 1)
     assert refused["error"]["kind"] == kind
     assert live.names() == live.images(2, 4, 6)
@@ -337,16 +337,16 @@ def test_fail_fast_sends_nothing_after_the_first_failure_and_saves_what_is_in_fl
     api.script(moderation_blocked())
     argv = live.batch(5, "--json", "--fail-fast", "--concurrency", 2)
     result = live.run_staggered(start_process, api, argv, until=2)
-    assert result.exit_code == 1
+    assert result.exit_code == 4
     assert len(api.requests) == 2
-    assert sorted(live.outcomes(result)) == ["done", "failed", "skipped", "skipped", "skipped"]
+    assert sorted(live.outcomes(result)) == ["done", "failed", "not_sent", "not_sent", "not_sent"]
     assert len(live.names()) == 1
     assert any("--fail-fast" in line for line in live.lines(result))
 
 
 def test_without_fail_fast_the_other_jobs_go_on(run: Run, api: ImagesAPI) -> None:
     api.script(moderation_blocked())
-    assert run(*live.batch(4, "--concurrency", 1)).exit_code == 1
+    assert run(*live.batch(4, "--concurrency", 1)).exit_code == 4
     assert live.names() == live.images(2, 3, 4)
 
 

@@ -101,7 +101,7 @@ def assert_unreachable(result: Result, host: str) -> None:
     assert f"no connection to {host} came about" in problem
     assert "a sandbox or a proxy may refuse it" in problem
     assert HELP in problem
-    assert set(live.outcomes(result)) == {"skipped"}
+    assert set(live.outcomes(result)) == {"not_sent"}
     for line in result.json_lines:
         assert line["error"]["kind"] == "connection"
         assert line["error"]["maybe_billed"] is False
@@ -191,7 +191,7 @@ def stopped(result: Result) -> str:
     assert result.exit_code == 1
     (sentence,) = (line for line in live.lines(result) if " jobs " in line[:12])
     assert "may have been billed without an image" in sentence
-    skipped = [line["error"] for line in result.json_lines if line["status"] == "skipped"]
+    skipped = [line["error"] for line in result.json_lines if line["status"] == "not_sent"]
     assert skipped
     assert not any(error["maybe_billed"] for error in skipped)
     return sentence
@@ -217,7 +217,7 @@ def test_a_run_that_may_pay_for_nothing_gets_careful_and_stops(
     assert "requests in a row may have been billed" in stopped(result)
     sent = len(api.requests)
     assert 6 <= sent <= 8  # another may leave while what has come is looked at
-    assert live.outcomes(result) == ["failed"] * sent + ["skipped"] * (20 - sent)
+    assert live.outcomes(result) == ["failed"] * sent + ["not_sent"] * (20 - sent)
     failed = [line["error"] for line in result.json_lines if line["status"] == "failed"]
     assert all(error["maybe_billed"] for error in failed)
     assert result.stderr.count(CAREFUL) == 1
@@ -228,7 +228,7 @@ def test_attempts_of_one_job_count_as_well(run: Run, api: ImagesAPI) -> None:
     result = run(*live.batch(20, "--json", "--concurrency", 1, "--max-attempts", 10))
     stopped(result)
     assert len(api.requests) == 6
-    assert live.outcomes(result) == ["failed"] + ["skipped"] * 19
+    assert live.outcomes(result) == ["failed"] + ["not_sent"] * 19
 
 
 def test_as_many_as_are_in_flight_may_fail_before_a_run_is_careful(
@@ -300,7 +300,7 @@ def test_a_limit_under_which_nothing_is_accepted_stops_the_run(run: Run, api: Im
     assert len(api.requests) < 25
     assert any("--max-wait" in line for line in live.lines(result))
     assert {line["error"]["kind"] for line in result.json_lines} == {"rate_limit"}
-    assert live.outcomes(result).count("skipped") >= 30
+    assert live.outcomes(result).count("not_sent") >= 30
     assert len(live.lines(result)) <= 4
 
 

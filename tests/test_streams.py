@@ -114,7 +114,7 @@ def test_the_record_of_a_stream_is_that_of_any_answer(run: Run, api: ImagesAPI) 
     flags = ("--safety-identifier", "4b1d", "--quality", "high", "--json")
     plain = run(*live.generate(*flags, out="a.png")).json
     streamed = run(*live.generate(*flags, "--partial-images", 1, out="b.png")).json
-    own = {"outputs", "seconds", "request_id", "usage"}
+    own = {"planned", "outputs", "seconds", "request_id", "usage"}
     assert {key: streamed[key] for key in streamed if key not in own} == {
         key: plain[key] for key in plain if key not in own
     }

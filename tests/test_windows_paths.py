@@ -125,7 +125,7 @@ class TestOnWindows:
 
     def test_a_folder_is_gone_on_with(self, run: Run, api: ImagesAPI) -> None:
         api.script_for("job 2", moderation_blocked())
-        assert run(*live.batch(3)).exit_code == 1
+        assert run(*live.batch(3)).exit_code == 4
         assert run(*live.batch(3, "--skip-existing")).exit_code == 0
         assert live.names() == live.images(1, 2, 3)
 

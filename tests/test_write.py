@@ -137,7 +137,7 @@ def test_an_image_whose_folder_takes_no_more_is_rescued_and_the_run_stops(
     result = live.run_staggered(start_process, api, argv, act=act)
     assert result.exit_code == 1
     assert live.outcomes(result)[0] == "failed"
-    assert live.outcomes(result)[-1] == "skipped"
+    assert live.outcomes(result)[-1] == "not_sent"
     rescued = sorted(Path().glob("image_gen-rescued-*"))
     assert len(rescued) == len(api.requests) <= 2  # another one may be in flight
     assert {live.size_of(name) for name in rescued} == {(64, 64)}
