@@ -1761,7 +1761,7 @@ class Claims:
 
         A run that was killed may have got as far as that.
         """
-        return self.free(old_names(path), path) if os.path.lexists(path) else ""
+        return self.free(old_names(path), path) if os.path.exists(path) else ""
 
     def find(self, job: Job, output: Output, options: RunOptions) -> Output:
         """Say where an image of a job is, or where it will be, and what stands there now."""
@@ -2128,6 +2128,7 @@ class Target(NamedTuple):
     replace: bool
     what: str
     kind: str = ""  # a key of STRANGERS; a draft is none, and takes a free name
+    moved: bool = False  # it was asked for under another name
 
 
 # What --skip-existing says of a file that is not what is expected under its name.
@@ -2144,7 +2145,8 @@ def targets(plan: Plan) -> Iterator[Target]:
         for output in job.outputs:
             replace = output.replace or output.mend or bool(output.archive)
             replace = replace or output not in job.missing
-            yield Target(job.line, output.path, replace, f"{job.where}the image", "image")
+            moved = output.path != output.planned
+            yield Target(job.line, output.path, replace, f"{job.where}the image", "image", moved)
             if output.archive:
                 former = f"{job.where}the former image"
                 yield Target(job.line, output.archive, replace=True, what=former)
@@ -2184,15 +2186,26 @@ def is_in_the_way(target: Target, plan: Plan) -> bool:
 
 
 def check_in_the_way(there: Sequence[Target]) -> Iterator[tuple[int, str]]:
-    """Refuse files that exist, all of them in one sentence."""
-    names = listing(target.name for target in there[:3])
-    if len(there) == 1:
-        way = "choose another name, --force to replace it, or --skip-existing to keep it"
-        yield there[0].line, f"{names} exists; {way}"
-    elif there:
-        more = f" and {len(there) - 3:,} more" if len(there) > 3 else ""
-        way = "choose other names, --force to replace them, or --skip-existing to keep them"
-        yield 0, f"{names}{more} exist; {way}"
+    """Refuse files that exist, each kind of them in one sentence."""
+    for moved, one, many in (
+        (
+            False,
+            "exists; choose another name, --force to replace it, or --skip-existing to keep it",
+            "exist; choose other names, --force to replace them, or --skip-existing to keep them",
+        ),
+        (
+            True,
+            "was made from this very request; --skip-existing takes it, --force makes another one",
+            "were made from these requests; --skip-existing takes them, --force makes other ones",
+        ),
+    ):
+        first = [target for target in there if target.moved is moved]
+        names = listing(target.name for target in first[:3])
+        more = f" and {len(first) - 3:,} more" if len(first) > 3 else ""
+        if len(first) == 1:
+            yield first[0].line, f"{names} {one}"
+        elif first:
+            yield 0, f"{names}{more} {many}"
 
 
 def check_outputs(plan: Plan) -> Iterator[tuple[int, str]]:
@@ -3444,9 +3457,15 @@ class Manifest:
         self.problem = ""  # what it could not be told
 
     def prove(self) -> None:
-        """Raise an OSError if nothing can be added."""
-        with open(self.path, "ab"):
-            pass
+        """Raise a UsageError if nothing can be added."""
+        reason = "" if os.path.isfile(self.path) or not os.path.lexists(self.path) else "is no file"
+        try:
+            with open(self.path if not reason else os.devnull, "ab"):
+                pass
+        except OSError as error:
+            reason = f"cannot be written: {error.strerror or error}"
+        if reason:
+            raise UsageError(f"{self.path} {reason}; move it away, and names count instead")
 
     def append(self, entry: Entry) -> None:
         """Add an entry that outlives a power cut; where that fails, an image is worth more."""
@@ -3477,18 +3496,21 @@ class Note(NamedTuple):
     manifest: Manifest
     entry: Entry  # where its content is known, that of the image it was
 
-    def write(self, temporary: str, name: str) -> None:
-        """Add it for an image that is about to get a name."""
-        entry = self.entry
+    @contextmanager
+    def written(self, temporary: str, name: str) -> Iterator[None]:
+        """Add it for an image that gets its name meanwhile; take it back if it does not."""
+        entry, former = self.entry, self.manifest.entry_of(name)
         if not entry.sha256:
             found, sha256 = os.stat(temporary), file_digest(temporary)
             entry = entry._replace(sha256=sha256, bytes=found.st_size, mtime=found.st_mtime_ns)
-        name, temporary = map(os.path.basename, (name, temporary))
-        self.manifest.append(entry._replace(name=name, temporary=temporary, time=now()))
-
-    def withdraw(self, name: str) -> None:
-        """Say that the image has got another name."""
-        self.manifest.append(self.entry._replace(name=os.path.basename(name), void=True))
+        own, other = os.path.basename(name), os.path.basename(temporary)
+        entry = entry._replace(name=own, temporary=other, time=entry.time or now())
+        self.manifest.append(entry)
+        try:
+            yield
+        except OSError:
+            self.manifest.append(former or entry._replace(void=True))
+            raise
 
 
 def settle(
@@ -3509,15 +3531,10 @@ def settle(
             if reuse and same_content(temporary, name):
                 return name
             continue
-        if note:
-            note.write(temporary, name)
-        try:
-            (os.replace if replace else place)(temporary, name)
-        except FileExistsError:  # in this very moment
-            if note:
-                note.withdraw(name)
-            continue
-        return name
+        with suppress(FileExistsError):  # in this very moment
+            with note.written(temporary, name) if note else nullcontext():
+                (os.replace if replace else place)(temporary, name)
+            return name
     raise AssertionError("names are endless")
 
 
@@ -3545,14 +3562,14 @@ def finish_images(manifest: Manifest) -> None:
 
 
 def adopt_images(plan: Plan, manifest: Manifest) -> None:
-    """Link images that lie under other names to those that their jobs ask for."""
+    """Link images that lie under other names to those that their jobs ask for. Raises OSError."""
     outputs = [output for job in plan.jobs for output in job.outputs]
     with ExitStack() as stack:
         moves = [
             (output, stack.enter_context(linked(output.source)), manifest.entry_of(output.source))
             for output in outputs
             if output.source and output.origin
-        ]
+        ]  # all of them, before any name is given: names may change places
         for output, second, entry in moves:
             if output.archive:
                 former = manifest.entry_of(output.path)
@@ -3637,7 +3654,7 @@ def give_name(
     """Give an image its name; what stands there is kept beside it, or replaced, or left alone."""
     path, reuse = output.path, output.collected
     replace = output.replace or (output.mend and is_remnant(path, request.output_format))
-    if note and output.archive and os.path.lexists(path):
+    if note and output.archive and os.path.exists(path):
         if reuse and same_content(temporary, path):
             return path
         keep_former(path, output.archive, note.manifest.entry_of(path), note.manifest)
@@ -3895,12 +3912,13 @@ def tell(line: str) -> None:
 def as_record(outcome: Outcome) -> dict[str, Any]:
     """Return an outcome as a line of --json; references/cli.md documents it."""
     job, delivery, failure = outcome.job, outcome.delivery, outcome.failure
+    strange = any(image.origin == "unknown" for image in delivery.images.values())
     return {
         "job": job.number,
         "line": job.line,
         "status": outcome.status,
         "title": job.request.title,
-        "prompt": job.request.prompt,
+        "prompt": None if strange else job.request.prompt,
         "endpoint": job.request.endpoint,
         "model": job.request.model,
         "planned": [output.planned for output in job.outputs],
@@ -3935,7 +3953,7 @@ CONDITIONS = {
     "permission": "with access to the model, or another one",
     "authentication": "with another OPENAI_API_KEY",
     "quota": "after topping up",
-    "stale": "to have stale images made again, with --remake",
+    "stale": "to make stale images again",
     "address": "with another OPENAI_BASE_URL",
     "write": "with room on the disk",
     "bad_answer": "to pay for an answer once more",
@@ -3962,6 +3980,7 @@ class Report:
         self.interrupted = False
         self.unfinished = False
         self.waiting_until = 0.0
+        self.told_of_pause = -PROGRESS_SECONDS
         self.stdout_open = True
 
     @property
@@ -4033,16 +4052,19 @@ class Report:
         """Say how to get what is missing, and under which condition."""
         options = self.options
         force = " instead of --force" if options.force else ""
-        again = f"repeat the command with --skip-existing{force}"
+        resumed = f"repeat the command with --skip-existing{force}"
         for condition, jobs in sorted(self.left.items()):
-            if options.only is not None and options.remake:
+            again = resumed
+            if condition == CONDITIONS["stale"]:
+                again = "repeat the command with --remake"
+            elif options.only is not None and options.remake:
                 numbers = ",".join(str(job.number) for job in jobs)
                 again = f"repeat the command with --only {numbers}"
             when = condition[:1].upper() + condition[1:]
             for_these = f"{when}: {again} ({counted(len(jobs), 'job')})."
             yield for_these if condition else resume or f"To resume, {again}."
         if self.interrupted and not self.left:
-            yield resume or f"To resume, {again}."
+            yield resume or f"To resume, {resumed}."
 
     @property
     def exit_code(self) -> int:
@@ -4085,10 +4107,13 @@ class Report:
         self.say(f"Error: {line}")
 
     def paused(self, delay: float) -> None:
-        """Tell of a pause for the rate limit, once for all jobs."""
-        self.waiting_until = self.clock() + delay
-        then = "then go on at the pace that is accepted"
-        self.note(f"rate limit: all jobs wait {delay:.1f} s, {then}")
+        """Tell of a pause for the rate limit, once for all jobs; of the next ones now and then."""
+        now = self.clock()
+        self.waiting_until = now + delay
+        if self.terminal or now - self.told_of_pause >= PROGRESS_SECONDS:
+            self.told_of_pause = now
+            then = "then go on at the pace that is accepted"
+            self.note(f"rate limit: all jobs wait {delay:.1f} s, {then}")
 
     def clear(self) -> None:
         """Take the status line off the terminal."""
@@ -4403,7 +4428,7 @@ async def make_copies(job: Job, delivery: Delivery, came: Container[str], run: R
         image = delivery.images.get(output.path)
         if image is None or output.copy is None or max_dim is None or run.aborted:
             continue
-        remake = output.path in came and not output.collected
+        remake = bool(output.source) or (output.path in came and not output.collected)
         write = functools.partial(save_copy, image, output, max_dim, remake=remake)
         try:
             copies += filter(None, [await loop.run_in_executor(run.copiers, write)])
@@ -5401,11 +5426,12 @@ def sum_up(plan: Plan) -> str:
         if origin in origins
     )
     stale = sum(bool(job.stale) for job in plan.jobs)
-    missing = sum(bool(job.missing) for job in plan.jobs)
-    there = len(plan.jobs) - stale - missing
+    again = sum(any(output.archive for output in job.missing) for job in plan.jobs)
+    missing = sum(bool(job.missing) for job in plan.jobs) - again
+    there = len(plan.jobs) - stale - again - missing
     return (
         f"{counted(len(plan.jobs), 'job')}: {there} there{f' ({doubts})' if doubts else ''}, "
-        f"{stale} stale, {missing} missing"
+        f"{f'{again} to be made again' if again else f'{stale} stale'}, {missing} missing"
     )
 
 
@@ -5450,6 +5476,15 @@ def run_plan(plan: Plan, submission: Submission | None, report: Report) -> int:
     return report.exit_code
 
 
+@contextmanager
+def refusing(folder: str) -> Iterator[None]:
+    """Refuse the command where the images of a folder cannot be put in order."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"nothing can be done in {folder or '.'}: {one_line(error)}") from None
+
+
 def recall(jobs: Sequence[Job], options: RunOptions) -> tuple[list[Job], dict[str, Entry]]:
     """Return jobs with what makes their images, and what the folder remembers of its images."""
     folder = options.out_dir or ""
@@ -5457,10 +5492,8 @@ def recall(jobs: Sequence[Job], options: RunOptions) -> tuple[list[Job], dict[st
     if options.dry_run and not entries:
         return list(jobs), entries
     if not options.dry_run:
-        try:
+        with refusing(folder):
             finish_images(Manifest(folder, entries))
-        except OSError as error:
-            raise UsageError(f"{folder or '.'} cannot be used: {one_line(error)}") from None
     return [with_digest(job) for job in jobs], entries
 
 
@@ -5514,7 +5547,8 @@ def run_command(arguments: Arguments) -> int:
             print_dry_run(plan, report)
             return report.exit_code
         if manifest := manifest_of(plan, options):
-            adopt_images(plan, manifest)
+            with refusing(manifest.folder):
+                adopt_images(plan, manifest)
         return run_plan(plan, submission, report)
 
 

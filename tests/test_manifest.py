@@ -31,7 +31,7 @@ from images_api import (
 from inputs import FLARE, Json, picture
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from cli import Result, Run
     from images_api import ImagesAPI, Reply, Request
@@ -164,13 +164,16 @@ def test_a_line_that_is_none_costs_only_what_it_would_have_said(run: Run, dirt: 
     assert origins(resumed(run, [FOX, "an owl"])) == ["made", "made"]
 
 
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo], ids=["folder", "pipe"])
 def test_a_manifest_that_takes_nothing_is_known_before_anything_is_paid(
-    run: Run, api: ImagesAPI
+    run: Run, api: ImagesAPI, make: Callable[[Path], None]
 ) -> None:
-    Path("out", image_gen.MANIFEST_NAME).mkdir(parents=True)
+    Path("out").mkdir()
+    manifest = Path("out", image_gen.MANIFEST_NAME)
+    make(manifest)
     result = run(*live.batch([FOX]))
     assert (result.exit_code, api.requests) == (2, [])
-    assert len(live.lines(result)) == 1
+    assert live.lines(result) == [f"{manifest} is no file; move it away, and names count instead"]
 
 
 def test_an_image_is_saved_where_its_line_cannot_be(
@@ -402,9 +405,13 @@ def test_names_that_change_places_are_given_by_remake_at_no_cost(run: Run, api: 
     stale = resumed(run, jobs)
     assert (stale.exit_code, live.outcomes(stale), contents()) == (4, ["stale", "stale"], old)
     assert "--remake puts a.png there" in live.lines(stale)[0]
-    result = run(*live.batch(jobs, REMAKE, "--json"))
+    copies = ("--downscale-max-dim", 32)
+    run(*live.batch([fox, hare], RESUME, *copies))
+    small = contents()["a-web.png"]
+    result = run(*live.batch(jobs, REMAKE, "--json", *copies))
     assert (result.exit_code, len(api.requests)) == (0, 2)
     now = contents()
+    assert (now["b-web.png"], now["a-web.png"] != small) == (small, True)
     assert (now["a.png"], now["b.png"]) == (old["b.png"], old["a.png"])
     assert (now["a-old-1.png"], now["b-old-1.png"]) == (old["a.png"], old["b.png"])
     assert origins(resumed(run, jobs)) == ["made", "made"]
@@ -560,7 +567,7 @@ def test_without_a_word_on_what_is_there_nothing_is_bought_twice(run: Run, api: 
         result = run(*live.batch(["a cat", "a fox", "a hare"], *flags))
         assert (result.exit_code, len(api.requests)) == (2, 2)
         (problem,) = live.lines(result)
-        assert problem.startswith("out/001-a-fox.png, out/002-a-hare.png exist; ")
+        assert problem.startswith("out/001-a-fox.png, out/002-a-hare.png were made from these ")
     assert run(*live.batch(["a cat", "a fox"], "--force")).exit_code == 0
     assert len(api.requests) == 4
 
