@@ -1803,11 +1803,10 @@ def select_jobs(jobs: Sequence[Job], only: str, paths: Mapping[str, str]) -> set
     Paths says where images are that do not lie where they were planned. Raises a UsageError for
     what means no job.
     """
-    named: dict[str, int] = {}
-    for job in jobs:
-        planned = [output.planned for output in job.outputs]
-        found = [*planned, *(paths.get(path, path) for path in planned)]
-        named |= dict.fromkeys((job.name or "", *map(os.path.basename, found)), job.number)
+    slots = [(output.planned, job.number) for job in jobs for output in job.outputs]
+    named = {job.name or "": job.number for job in jobs}
+    named |= {os.path.basename(path): number for path, number in slots}
+    named |= {os.path.basename(paths[path]): number for path, number in slots if path in paths}
     chosen: set[int] = set()
     for part in [only] if only in named else map(str.strip, only.split(",")):
         span = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part)
@@ -3467,19 +3466,20 @@ class Manifest:
         if reason:
             raise UsageError(f"{self.path} {reason}; move it away, and names count instead")
 
-    def append(self, entry: Entry) -> None:
-        """Add an entry that outlives a power cut; where that fails, an image is worth more."""
-        line = json.dumps(entry._asdict()).encode() + b"\n"
+    def append(self, *entries: Entry) -> None:
+        """Add entries that outlive a power cut; where that fails, an image is worth more."""
+        lines = b"".join(json.dumps(entry._asdict()).encode() + b"\n" for entry in entries)
         with self.lock:
-            self.entries[entry.name] = entry
-            if entry.void:
-                del self.entries[entry.name]
+            self.entries |= {entry.name: entry for entry in entries}
+            for entry in entries:
+                if entry.void:
+                    del self.entries[entry.name]
             try:
                 with open(self.path, "ab+") as file:
                     end = file.seek(0, os.SEEK_END)
                     file.seek(max(0, end - 1))
                     torn = file.read() not in (b"", b"\n")
-                    file.write(b"\n" * torn + line)
+                    file.write(b"\n" * torn + lines)
                     file.flush()
                     os.fsync(file.fileno())
             except OSError as error:
@@ -3496,21 +3496,31 @@ class Note(NamedTuple):
     manifest: Manifest
     entry: Entry  # where its content is known, that of the image it was
 
+    def entry_for(self, file: str, name: str) -> Entry:
+        """Return the entry of an image that is, or will be, under a name."""
+        entry = self.entry
+        if not entry.sha256:
+            found, sha256 = os.stat(file), file_digest(file)
+            entry = entry._replace(sha256=sha256, bytes=found.st_size, mtime=found.st_mtime_ns)
+        own, other = os.path.basename(name), os.path.basename(file)
+        return entry._replace(name=own, temporary=other, time=entry.time or now())
+
     @contextmanager
     def written(self, temporary: str, name: str) -> Iterator[None]:
-        """Add it for an image that gets its name meanwhile; take it back if it does not."""
-        entry, former = self.entry, self.manifest.entry_of(name)
-        if not entry.sha256:
-            found, sha256 = os.stat(temporary), file_digest(temporary)
-            entry = entry._replace(sha256=sha256, bytes=found.st_size, mtime=found.st_mtime_ns)
-        own, other = os.path.basename(name), os.path.basename(temporary)
-        entry = entry._replace(name=own, temporary=other, time=entry.time or now())
+        """Add the entry of an image that gets its name meanwhile; else take it back."""
+        entry, former = self.entry_for(temporary, name), self.manifest.entry_of(name)
         self.manifest.append(entry)
         try:
             yield
         except OSError:
             self.manifest.append(former or entry._replace(void=True))
             raise
+
+    def confirm(self, name: str) -> None:
+        """Add the entry of an image that has its name already, unless that is known."""
+        former = self.manifest.entry_of(name)
+        if former is None or former.digest != self.entry.digest:
+            self.manifest.append(self.entry_for(name, name)._replace(temporary=""))
 
 
 def settle(
@@ -3529,6 +3539,8 @@ def settle(
     for name in names:
         if os.path.lexists(name) and not replace:
             if reuse and same_content(temporary, name):
+                if note:
+                    note.confirm(name)
                 return name
             continue
         with suppress(FileExistsError):  # in this very moment
@@ -3564,22 +3576,34 @@ def finish_images(manifest: Manifest) -> None:
 def adopt_images(plan: Plan, manifest: Manifest) -> None:
     """Link images that lie under other names to those that their jobs ask for. Raises OSError."""
     outputs = [output for job in plan.jobs for output in job.outputs]
+    # Names may change places: each step is done for all of them before the next.
     with ExitStack() as stack:
         moves = [
-            (output, stack.enter_context(linked(output.source)), manifest.entry_of(output.source))
+            (output, stack.enter_context(linked(output.source)), entry._replace(usage=None))
             for output in outputs
-            if output.source and output.origin
-        ]  # all of them, before any name is given: names may change places
-        for output, second, entry in moves:
+            if output.origin and (entry := manifest.entry_of(output.source))
+        ]
+        if not moves:
+            return
+        for output, _, _ in moves:
             if output.archive:
                 former = manifest.entry_of(output.path)
                 keep_former(output.path, output.archive, former, manifest)
-            note = entry and Note(manifest, entry._replace(usage=None, kept=False))
-            settle(second, free_names(output.path), replace=bool(output.archive), note=note)
-            if entry and manifest.entry_of(output.source) is entry:
-                manifest.append(entry._replace(usage=None, kept=True))
-    if moves:
-        sync_folder(manifest.folder)
+        names = {os.path.basename(output.path) for output, _, _ in moves}
+        manifest.append(
+            *(
+                entry._replace(
+                    name=os.path.basename(output.path),
+                    temporary=os.path.basename(second),
+                    kept=False,
+                )
+                for output, second, entry in moves
+            ),
+            *(entry._replace(kept=True) for _, _, entry in moves if entry.name not in names),
+        )
+        for output, second, _ in moves:
+            (os.replace if output.archive else place)(second, output.path)
+    sync_folder(manifest.folder)
 
 
 def write_file(name: str, content: bytes, *, replace: bool, sync: bool = False) -> str:
@@ -3653,10 +3677,10 @@ def give_name(
 ) -> str:
     """Give an image its name; what stands there is kept beside it, or replaced, or left alone."""
     path, reuse = output.path, output.collected
+    if reuse and same_content(temporary, path):
+        return settle(temporary, names, reuse=True, note=note)
     replace = output.replace or (output.mend and is_remnant(path, request.output_format))
     if note and output.archive and os.path.exists(path):
-        if reuse and same_content(temporary, path):
-            return path
         keep_former(path, output.archive, note.manifest.entry_of(path), note.manifest)
         replace = True
     return settle(temporary, names, replace=replace, reuse=reuse, note=note)
@@ -3876,6 +3900,7 @@ def locked(folder: str) -> Iterator[None]:
                 descriptor = os.open(folder, os.O_RDONLY)
                 stack.callback(os.close, descriptor)
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                drop_stale_lock(os.path.join(folder, LOCK_NAME))  # of a host without locks
             except BlockingIOError:
                 problem = f"another process works on {folder}; wait for it, or end it"
                 raise UsageError(problem) from None
@@ -4051,20 +4076,19 @@ class Report:
     def ways_on(self, resume: str) -> Iterator[str]:
         """Say how to get what is missing, and under which condition."""
         options = self.options
-        force = " instead of --force" if options.force else ""
-        resumed = f"repeat the command with --skip-existing{force}"
+        made_anew = options.force or (options.only is not None and options.remake)
         for condition, jobs in sorted(self.left.items()):
-            again = resumed
+            again = "repeat the command with --skip-existing"
             if condition == CONDITIONS["stale"]:
                 again = "repeat the command with --remake"
-            elif options.only is not None and options.remake:
-                numbers = ",".join(str(job.number) for job in jobs)
-                again = f"repeat the command with --only {numbers}"
+            elif made_anew:  # the former images are there, and would be taken for these
+                numbers = ",".join(str(job.number) for job in jobs if job.line)
+                again = "repeat the command" + (f" with --only {numbers}" if numbers else "")
             when = condition[:1].upper() + condition[1:]
             for_these = f"{when}: {again} ({counted(len(jobs), 'job')})."
             yield for_these if condition else resume or f"To resume, {again}."
         if self.interrupted and not self.left:
-            yield resume or f"To resume, {resumed}."
+            yield resume or "To resume, repeat the command with --skip-existing."
 
     @property
     def exit_code(self) -> int:
@@ -4763,7 +4787,9 @@ class Submission:
         """Return the options that its jobs are planned by: what began it says what is replaced."""
         if self.is_new:
             return options
-        return options._replace(force=self.force, skip_existing=not self.force, remake=self.remake)
+        return options._replace(
+            force=self.force, skip_existing=not self.force, remake=self.remake, only=self.only
+        )
 
     def save(self) -> None:
         """Write the state."""
@@ -5408,7 +5434,7 @@ async def run_batches(plan: Plan, submission: Submission, report: Report) -> lis
 def how_to_go_on(submission: Submission) -> str:
     """Say what the next command is."""
     if submission.finished:
-        return "To submit what is missing, repeat the command with --skip-existing."
+        return ""  # what is missing can be submitted anew, as after any run
     if submission.unasked:
         return "To go on, repeat the command."
     return "To collect the images, repeat the command; to stop the batches, add --cancel to it."

@@ -63,6 +63,14 @@ def test_a_second_batch_in_a_folder_is_refused_while_the_first_runs(
     assert run(*live.batch(1, "--skip-existing")).exit_code == 0
 
 
+def test_a_host_without_locks_is_seen_by_one_that_has_them(run: Run, api: ImagesAPI) -> None:
+    Path("out").mkdir()
+    LOCK.write_bytes(owner(host="elsewhere"))
+    result = run(*live.batch(1))
+    assert (result.exit_code, api.requests) == (2, [])
+    assert "on elsewhere" in result.stderr
+
+
 @pytest.mark.usefixtures("no_locks")
 class TestWithoutLocks:
     def test_a_file_says_who_is_there_and_goes_at_the_end(self, run: Run, api: ImagesAPI) -> None:

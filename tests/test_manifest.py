@@ -28,7 +28,8 @@ from images_api import (
     unauthorized,
     unknown_model,
 )
-from inputs import FLARE, Json, picture
+from inputs import FLARE, Json, encoded, picture
+from PIL import Image
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -634,10 +635,21 @@ def test_a_job_is_rolled_again_though_nothing_has_changed(run: Run, api: ImagesA
     assert "castle-old-2.png" in live.names()
 
 
-def test_what_could_not_be_rolled_again_is_named_by_the_way_on(run: Run, api: ImagesAPI) -> None:
+def test_a_name_means_the_job_whose_image_has_it(run: Run, api: ImagesAPI) -> None:
+    run(*live.batch(ALIKE))
+    names = live.names()
+    result = run(*live.batch(ALIKE[::-1], "--only", names[2], REMAKE, "--json"))
+    assert (result.exit_code, outputs(result)) == (0, [[names[2]]])
+    assert api.requests[-1].prompt.endswith(ALIKE[2])
+
+
+@pytest.mark.parametrize("flags", [["--only", "1,3", REMAKE], ["--force"]], ids=" ".join)
+def test_what_could_not_be_made_again_is_named_by_the_way_on(
+    run: Run, api: ImagesAPI, flags: list[str]
+) -> None:
     run(*live.batch(FOUR))
     api.script_for("owl", no_data())
-    result = run(*live.batch(FOUR, "--only", "1,3", REMAKE))
+    result = run(*live.batch(FOUR, *flags))
     assert result.exit_code == 1
     assert "repeat the command with --only 3 (1 job)" in result.stderr
 
@@ -716,6 +728,30 @@ def test_a_live_run_beside_a_batch_that_waits_is_refused(
     assert "add --batch-api to collect it, or --batch-api --cancel to end it" in problem
     assert run(*queued([FOX])).exit_code == 0
     assert resumed(run, [FOX]).exit_code == 0
+
+
+@pytest.mark.parametrize("selection", [["--only", "1-2"], []], ids=["only all of them", "all"])
+def test_a_run_of_all_jobs_may_be_collected_by_naming_all(
+    run: Run, api: ImagesAPI, selection: list[str]
+) -> None:
+    run(*live.batch([FOX, "an owl"]))
+    jobs: list[Job] = [HARE, "an owl"]
+    assert run(*queued(jobs, REMAKE, "--no-wait")).exit_code == 3
+    result = run(*queued(jobs, *selection))
+    assert (result.exit_code, live.outcomes(result)) == (0, ["done", "skipped"])
+    assert lines_of_batches(api) == ["a hare"]
+
+
+def test_an_answer_of_the_same_bytes_is_known_to_answer_the_new_request(
+    run: Run, api: ImagesAPI
+) -> None:
+    fixed = image_bytes(lambda _: encoded(Image.new("RGB", (64, 64))))
+    api.script(fixed, fixed, fixed)
+    run(*live.batch([FOX]))
+    api.script_for("hare", fixed, repeat=True)
+    assert run(*queued([HARE], REMAKE)).exit_code == 0
+    assert origins(resumed(run, [HARE])) == ["made"]
+    assert entries()["castle.png"]["prompt"] == "a hare"
 
 
 def test_stale_images_are_not_submitted(run: Run, api: ImagesAPI) -> None:
