@@ -9,8 +9,8 @@
 subject's own colour; it needs no tuning. Without it, alpha is a function of the distance to the key
 colour: hard at --tolerance, or soft between the two thresholds of --soft-matte.
 
-Exit codes: 0 every requested image is on disk · 1 at least one image is missing · 2 refused before
-anything was done · 130 interrupted.
+Exit codes: 0 every requested image is on disk; 1 at least one image is missing; 2 refused before
+anything was done; 130 interrupted.
 
 The file, from top to bottom; a section uses only what stands above it:
 
@@ -35,8 +35,9 @@ The file, from top to bottom; a section uses only what stands above it:
    12  self-check                      a new warning is a sentence of a generator
    13  write
    14  report
-   15  run
-   16  main
+   15  signals
+   16  run                             one process, or one for each core
+   17  main
 """
 # /// script
 # requires-python = ">=3.11"
@@ -46,6 +47,7 @@ The file, from top to bottom; a section uses only what stands above it:
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import functools
 import importlib
@@ -58,9 +60,14 @@ import warnings
 import zlib
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 __version__ = "0.2.0"
+
+if sys.version_info < (3, 11):  # noqa: UP036 - all of this file is read by 3.8, too
+    found = "{} is {}.{}.{}".format(sys.executable or "this", *sys.version_info[:3])
+    sys.stderr.write(f"Error: remove_chroma_key.py needs Python 3.11 or newer; {found}\n")
+    raise SystemExit(2)
 
 
 class Lazy:
@@ -77,9 +84,15 @@ class Lazy:
 
 
 if TYPE_CHECKING:
+    import glob
     import json
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from concurrent import futures
+    import multiprocessing
+    import signal
+    import threading
+    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+    from multiprocessing import connection
+    from multiprocessing.process import BaseProcess
+    from typing import NoReturn, TypeAlias
 
     import numpy as np
     import PIL
@@ -93,7 +106,9 @@ if TYPE_CHECKING:
     Planes: TypeAlias = tuple[U8, ...]  # red, green, blue
     Colour: TypeAlias = tuple[int, int, int]
 else:
-    futures, json, np, PIL = map(Lazy, ("concurrent.futures", "json", "numpy", "PIL"))
+    glob, json, signal, threading = map(Lazy, ("glob", "json", "signal", "threading"))
+    multiprocessing, connection = map(Lazy, ("multiprocessing", "multiprocessing.connection"))
+    np, PIL = map(Lazy, ("numpy", "PIL"))
     Image, ImageCms = map(Lazy, ("PIL.Image", "PIL.ImageCms"))
     ImageFilter, ImageOps = map(Lazy, ("PIL.ImageFilter", "PIL.ImageOps"))
 
@@ -120,6 +135,33 @@ EXIF_ORIENTATION = 0x0112
 def hex_colour(key: Colour) -> str:
     """`#rrggbb`."""
     return "#{:02x}{:02x}{:02x}".format(*key)
+
+
+def shown(text: str) -> str:
+    """Show control characters instead of obeying them; names of files may hold any."""
+    parts = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(parts)
+
+
+def say(line: str) -> None:
+    """Print a line on stderr; where nobody can read it the work goes on."""
+    try:
+        print(shown(line), file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+def put(text: str) -> str:
+    """Print on stdout, and return why it takes no more; a reader that has gone has seen enough."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        # Otherwise the interpreter would try, and complain, once more at its end.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return (
+            "" if isinstance(error, BrokenPipeError) else f"stdout takes no more: {error.strerror}"
+        )
+    return ""
 
 
 class ChromaKeyError(Exception):
@@ -200,12 +242,13 @@ class SelfCheck(NamedTuple):
 
 
 class Done(NamedTuple):
-    """A picture that is on disk."""
+    """A picture that is cut out: first as a file in memory, and then on disk."""
 
     job: Job
     size: tuple[int, int]
     key: Colour
     check: SelfCheck
+    file: bytes = b""
 
 
 class Failed(NamedTuple):
@@ -364,6 +407,11 @@ class Parser(argparse.ArgumentParser):
         """Refuse what argparse cannot read."""
         raise UsageError(f"{message}; see {self.prog} --help")
 
+    def _print_message(self, message: str, file: Any = None) -> None:  # noqa: ANN401, ARG002
+        """Print a page of help; where stdout takes no more, say so instead of a traceback."""
+        if problem := put(message.removesuffix("\n")):
+            raise UsageError(problem)
+
     def add_group(self, title: str, options: Iterable[Option]) -> None:
         """Add the flags of a group."""
         group = self.add_argument_group(title)
@@ -400,6 +448,13 @@ def method_from(arguments: Arguments) -> MatteMethod | UnmixMethod:
     method = UnmixMethod if arguments.unmix else MatteMethod
     given = {key: value for key, value in vars(arguments).items() if key in method._fields}
     return method(**given)
+
+
+def expanded(path: Path) -> list[Path]:
+    """List what a wildcard stands for that the shell has left alone, as that of Windows does."""
+    if not glob.has_magic(str(path)) or os.path.lexists(path):
+        return [path]
+    return [Path(name) for name in sorted(glob.glob(str(path)))] or [path]
 
 
 def jobs_from(arguments: Arguments) -> list[Job]:
@@ -1263,7 +1318,7 @@ def part_of_plateau(colour: F32, hued: Mask) -> Mask:
     likes = np.zeros(hued.shape, np.int16)
     for down, right in np.ndindex(3, 3):
         window = np.s_[down : down + height, right : right + width]
-        step = np.abs(wide_colour[:, *window] - colour).max(axis=0)
+        step = np.abs(wide_colour[(..., *window)] - colour).max(axis=0)
         likes += wide_hued[window] & (step < SAME_COLOUR)
     core = hued & (likes >= LIKE_CELLS)
     core &= count_near(count_near(core)) >= CORE_WEIGHT
@@ -1667,7 +1722,7 @@ def encode(cutout: Cutout, target: Path, profile: bytes | None) -> bytes:
 def write_new(target: Path, data: bytes, *, force: bool) -> None:
     """Put `data` at `target` whole or not at all; without `force` never in place of a file."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+    temporary = target.with_name(f".{os.urandom(4).hex()}.tmp")  # also beside the longest of names
     try:
         with temporary.open("xb") as file:
             file.write(data)
@@ -1687,36 +1742,31 @@ def write_new(target: Path, data: bytes, *, force: bool) -> None:
 # ── 14 · Report ───────────────────────────────────────────────────────────────────────────────────
 
 
-def tell(line: str) -> None:
-    """Print a result; neither an odd file name nor a reader that went away stops the work."""
-    encoding = sys.stdout.encoding or "utf-8"
-    try:
-        print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    except OSError:
-        # Otherwise the interpreter would try, and complain, once more at its end.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def text_lines(outcome: Done | Failed) -> list[str]:
     """Say what was written, in words that programs which read them rely on."""
     if isinstance(outcome, Failed):
         return []
     pixels = outcome.size[0] * outcome.size[1]
     return [
-        f"Wrote {outcome.job.target}",
+        shown(f"Wrote {outcome.job.target}"),
         f"Key color: {hex_colour(outcome.key)}",
         f"Transparent pixels: {outcome.check.transparent}/{pixels}",
         f"Partially transparent pixels: {outcome.check.partial}/{pixels}",
     ]
 
 
+def as_json(fields: Mapping[str, object]) -> str:
+    """JSON in characters that stdout can carry and a terminal does not obey."""
+    is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    text = json.dumps(fields, ensure_ascii=not is_unicode)
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+
+
 def json_line(outcome: Done | Failed) -> str:
     """One object for one picture."""
     job = outcome.job
     if isinstance(outcome, Failed):
-        failure = {"input": str(job.source), "output": None, "error": outcome.reason}
-        return json.dumps(failure, ensure_ascii=False)
+        return as_json({"input": str(job.source), "output": None, "error": outcome.reason})
     check, (width, height) = outcome.check, outcome.size
     pixels = width * height
     fields = {
@@ -1736,7 +1786,7 @@ def json_line(outcome: Done | Failed) -> str:
         "touches_border": list(check.sides_cut),
         "warnings": list(check.warnings),
     }
-    return json.dumps(fields, ensure_ascii=False)
+    return as_json(fields)
 
 
 class Report:
@@ -1750,19 +1800,71 @@ class Report:
         """Tell one outcome."""
         if isinstance(outcome, Failed):
             self.exit_code = 1
-            print(f"Error: {outcome.job.source}: {outcome.reason}", file=sys.stderr)
+            say(f"Error: {outcome.job.source}: {outcome.reason}")
         else:
             for warning in outcome.check.warnings:
-                print(f"Warning: {outcome.job.source}: {warning}", file=sys.stderr)
+                say(f"Warning: {outcome.job.source}: {warning}")
         for line in [json_line(outcome)] if self.as_json else text_lines(outcome):
-            tell(line)
+            if problem := put(line):
+                self.exit_code = 1
+                say(f"Error: {problem}; the pictures are written all the same")
 
 
-# ── 15 · Run ──────────────────────────────────────────────────────────────────────────────────────
+# ── 15 · Signals ──────────────────────────────────────────────────────────────────────────────────
+
+ENDING_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # Ctrl-C, the system's, a terminal that closes
 
 
-def run_job(job: Job) -> Done | Failed:
-    """Cut one picture out; every expected failure becomes an outcome."""
+def ending_signals() -> list[signal.Signals]:
+    """List the signals that end a run; one that is ignored from the start, by nohup, stays so."""
+    known = [getattr(signal, name) for name in ENDING_SIGNALS if hasattr(signal, name)]
+    return [number for number in known if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def interrupt(*_: object) -> NoReturn:
+    """End the run in order, once: what is heard while it ends changes nothing."""
+    for number in ending_signals():
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def signals_taken() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the run as Ctrl-C does."""
+    before = {}
+    with contextlib.suppress(ValueError):  # only the main thread has signals
+        for number in ending_signals():
+            before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        before.clear()  # the process is about to end, and a second signal is not to kill it
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Keep signals back for a moment; a worker that is starting could not take them yet."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ending_signals())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# ── 16 · Run ──────────────────────────────────────────────────────────────────────────────────────
+
+JOBS_AHEAD = 4  # for each worker; few finished pictures wait in memory for a slow one before them
+
+
+def cut_out(job: Job) -> Done | Failed:
+    """Cut one picture out, in memory; every expected failure becomes an outcome."""
     try:
         picture = read_picture(job.source)
         check_border(picture, job)
@@ -1773,63 +1875,159 @@ def run_job(job: Job) -> Done | Failed:
             cutout = cut_by_distance(picture, key, job.method)
         cutout = contract_and_feather(cutout, job)
         check = self_check(picture, cutout)
-        write_new(job.target, encode(cutout, job.target, picture.icc_profile), force=job.force)
+        file = encode(cutout, job.target, picture.icc_profile)
     except ChromaKeyError as error:
         return Failed(job, str(error))
+    except MemoryError:
+        return Failed(job, "too large for the memory; scale the picture down first")
+    height, width = cutout.alpha.shape
+    return Done(job, (width, height), key, check, file)
+
+
+def written(outcome: Done | Failed) -> Done | Failed:
+    """Write what came out, so that workers may be ended at any time."""
+    if isinstance(outcome, Failed):
+        return outcome
+    job = outcome.job
+    try:
+        with signals_held():  # so that no temporary file stays
+            write_new(job.target, outcome.file, force=job.force)
     except FileExistsError:
         return Failed(job, f"{job.target} appeared meanwhile; add --force to replace it")
     except OSError as error:
         return Failed(job, f"{job.target} cannot be written: {error.strerror or error}")
-    except MemoryError:
-        return Failed(job, "too large for the memory; scale the picture down first")
-    height, width = cutout.alpha.shape
-    return Done(job, (width, height), key, check)
+    return outcome._replace(file=b"")
 
 
-def run_jobs(jobs: Sequence[Job]) -> Iterator[Done | Failed]:
+def end_with(sentinel: int) -> None:
+    """End this worker when the program is gone, however it ended."""
+    connection.wait([sentinel])
+    os._exit(1)
+
+
+def work(link: connection.Connection) -> None:
+    """Cut out what comes over the link; signals are for the program to take."""
+    for number in ending_signals():
+        signal.signal(number, signal.SIG_IGN)
+    if program := multiprocessing.parent_process():
+        threading.Thread(target=end_with, args=(program.sentinel,), daemon=True).start()
+    with contextlib.suppress(OSError):  # the program went away while this was sent
+        while True:
+            link.send(cut_out(link.recv()))
+
+
+class Workers:
+    """Processes that have a job each, and take another when they have sent its outcome."""
+
+    def __init__(self, jobs: Sequence[Job], number: int) -> None:
+        self.jobs, self.number = jobs, number
+        self.upcoming = collections.deque(range(len(jobs)))
+        self.processes: list[BaseProcess] = []
+        self.busy: dict[connection.Connection, int] = {}
+        self.finished: dict[int, Done | Failed] = {}
+        self.idle: list[connection.Connection] = []
+
+    def start(self) -> connection.Connection:
+        """Start a worker, and return the link to it."""
+        ours, theirs = multiprocessing.Pipe()
+        process = multiprocessing.Process(target=work, args=(theirs,), daemon=True)
+        with signals_held():
+            process.start()
+        theirs.close()  # so that the link ends with the worker
+        self.processes.append(process)
+        return ours
+
+    def hand_out(self, limit: int) -> None:
+        """Give every idle worker a job that is below the limit."""
+        while self.idle and self.upcoming and self.upcoming[0] < limit:
+            link = self.idle.pop()
+            self.busy[link] = self.upcoming.popleft()
+            with contextlib.suppress(OSError):  # a dead one is found out when it should answer
+                link.send(self.jobs[self.busy[link]])
+
+    def collect(self) -> None:
+        """Wait for outcomes, and put another worker in the place of one that died."""
+        ready = connection.wait(self.busy)
+        for link in [link for link in self.busy if link in ready]:
+            turn = self.busy.pop(link)
+            try:
+                self.finished[turn] = link.recv()
+                self.idle.append(link)
+            except (EOFError, OSError):
+                reason = "its worker process died (out of memory?)"
+                self.finished[turn] = Failed(self.jobs[turn], reason)
+                self.idle.append(self.start())
+
+    def outcomes(self) -> Iterator[Done | Failed]:
+        """Yield the outcomes in the order of the jobs."""
+        self.idle = [self.start() for _ in range(self.number)]
+        for turn in range(len(self.jobs)):
+            limit = turn + JOBS_AHEAD * self.number
+            self.hand_out(limit)
+            while turn not in self.finished:
+                self.collect()
+                self.hand_out(limit)
+            yield self.finished.pop(turn)
+
+    def end(self) -> None:
+        """End all of them at once; they have nothing that would have to be put away."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+
+def run_jobs(jobs: Sequence[Job]) -> Generator[Done | Failed]:
     """Yield the outcomes in the order of the jobs; several pictures share the cores."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    workers = min(cores, len(jobs))
-    if workers == 1:
-        yield from map(run_job, jobs)
+    number = min(cores, len(jobs))
+    if number == 1:
+        yield from map(written, map(cut_out, jobs))
         return
-    with futures.ProcessPoolExecutor(workers) as pool:
-        pending = [(job, pool.submit(run_job, job)) for job in jobs]
-        try:
-            for job, future in pending:
-                try:
-                    yield future.result()
-                except futures.BrokenExecutor:
-                    yield Failed(job, "its worker process died (out of memory?)")
-        except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    workers = Workers(jobs, number)
+    try:
+        yield from map(written, workers.outcomes())
+    finally:
+        workers.end()
 
 
-# ── 16 · Main ─────────────────────────────────────────────────────────────────────────────────────
+# ── 17 · Main ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def run_command(arguments: Arguments) -> int:
+    """Refuse or run, and return the exit code."""
+    arguments.input = [path for given in arguments.input for path in expanded(given)]
+    refuse(check_options(arguments))
+    jobs = jobs_from(arguments)
+    refuse(check_files(jobs))
+    refuse(check_packages())
+    report = Report(as_json=arguments.json)
+    with contextlib.closing(run_jobs(jobs)) as outcomes:
+        for outcome in outcomes:
+            report.add(outcome)
+    return report.exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, refuse or run, and return the exit code."""
+    """Parse and run the command line, and return the exit code."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        arguments = build_parser().parse_args(argv, Arguments())
-        refuse(check_options(arguments))
-        jobs = jobs_from(arguments)
-        refuse(check_files(jobs))
-        refuse(check_packages())
-        report = Report(as_json=arguments.json)
-        for outcome in run_jobs(jobs):
-            report.add(outcome)
+        with signals_taken():
+            return run_command(build_parser().parse_args(argv, Arguments()))
     except UsageError as error:
         for problem in error.problems:
-            print(f"Error: {problem}", file=sys.stderr)
+            say(f"Error: {problem}")
         return 2
     except KeyboardInterrupt:
-        print("Error: interrupted; what was already written stays", file=sys.stderr)
+        say("Error: interrupted; what was already written stays")
         return 130
-    return report.exit_code
 
 
 if __name__ == "__main__":

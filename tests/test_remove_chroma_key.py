@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import struct
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import remove_chroma_key
-from chroma_oracle import Outcome, disc, load, run, save
+from chroma_oracle import disc, load, run, save
 from PIL import Image, ImageCms
 
 if TYPE_CHECKING:
@@ -110,7 +109,7 @@ def test_help_lists_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
         remove_chroma_key.main(["--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    assert "Exit codes: 0 every requested image is on disk" in printed
+    assert "Exit codes: 0 every requested image is on disk;" in printed
     assert "--unmix" in printed
 
 
@@ -539,23 +538,6 @@ def test_a_batch_runs_as_processes_of_a_real_run(tmp_path: Path) -> None:
     ]
 
 
-def test_a_reader_that_goes_away_does_not_stop_the_work(picture: Path, tmp_path: Path) -> None:
-    argv = [sys.executable, str(SCRIPT), "--input", str(picture), "--out", str(tmp_path / "o.png")]
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "wb") as closed_pipe:
-        done = subprocess.run(
-            argv,
-            stdout=closed_pipe,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-            timeout=60,
-        )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert load(tmp_path / "o.png").shape == (96, 96, 4)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
 def test_a_file_name_that_is_no_text_is_printed_with_escapes(tmp_path: Path) -> None:
     source = save(tmp_path / os.fsdecode(b"a\xff.png"), grey_disc())
@@ -564,16 +546,3 @@ def test_a_file_name_that_is_no_text_is_printed_with_escapes(tmp_path: Path) -> 
     done = in_process("--input", source, "--out-dir", tmp_path / "cut")
     assert done.returncode == 0
     assert done.stdout.startswith(f"Wrote {tmp_path / 'cut'}/a\\udcff.png")
-
-
-def test_control_c_is_130_without_a_traceback(
-    picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(_path: Path) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(remove_chroma_key, "read_picture", interrupted)
-    outcome: Outcome = run("--input", picture, "--out", tmp_path / "o.png")
-    assert outcome.exit_code == 130
-    assert outcome.stderr.startswith("Error: interrupted")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["disc.png"]
