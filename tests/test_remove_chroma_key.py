@@ -98,7 +98,9 @@ def test_json_tells_an_agent_what_it_must_know(picture: Path, tmp_path: Path) ->
             "corners_transparent": 4,
             "residual_spill": pytest.approx(0, abs=1),
             "key_hued": 0.0,
+            "see_through": 0.0,
             "touches_border": [],
+            "verdict": "good",
             "warnings": [],
         }
     ]
@@ -141,12 +143,93 @@ def test_a_picture_of_nothing_but_key_is_warned_of(tmp_path: Path) -> None:
     assert "next to nothing is left" in warned(tmp_path, green, *UNMIX)
 
 
-@pytest.mark.parametrize("flags", [UNMIX, ("--soft-matte",)], ids=["unmix", "soft matte"])
+def frog() -> U8:
+    return disc((80, 200, 140)).composite(GREEN)
+
+
+def leaves() -> U8:
+    """Four discs in the key's hue."""
+    quarter = disc((80, 200, 140), size=64, radius=20).composite(GREEN)
+    return np.tile(quarter, (2, 2, 1))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "flags"),
+    [
+        pytest.param(leaves(), UNMIX, id="several areas"),
+        pytest.param(frog(), ("--soft-matte",), id="soft matte"),
+    ],
+)
 def test_a_subject_that_shares_the_hue_of_the_key_is_warned_of(
-    flags: tuple[str, ...], tmp_path: Path
+    pixels: U8, flags: tuple[str, ...], tmp_path: Path
 ) -> None:
-    frog = disc((80, 200, 140)).composite(GREEN)
-    assert "shares the hue of #00ff00" in warned(tmp_path, frog, *flags)
+    assert "shares the hue of #00ff00" in warned(tmp_path, pixels, *flags)
+
+
+def test_one_crisp_area_in_the_hue_of_the_key_is_no_fault(tmp_path: Path) -> None:
+    source = save(tmp_path / "in.png", frog())
+    outcome = run("--input", source, "--out", tmp_path / "o.png", *UNMIX, "--json")
+    assert (outcome.stderr, outcome.json_lines[0]["verdict"]) == ("", "good")
+    assert outcome.json_lines[0]["key_hued"] > 0.8
+
+
+def pane() -> U8:
+    """A pane of glass, half see-through."""
+    pixels = np.full((96, 96, 3), GREEN, np.uint8)
+    pixels[20:76, 20:76] = (75, 202, 75)
+    return pixels
+
+
+def cornered() -> U8:
+    pixels = grey_disc()
+    pixels[:1, :1] = (90, 90, 90)
+    return pixels
+
+
+def rimmed() -> U8:
+    """A grey disc with a wide, partly transparent rim that a hard matte leaves as it is."""
+    pixels = np.full((96, 96, 3), GREEN, np.uint8)
+    pixels[30:66, 30:66] = (60, 200, 60)
+    pixels[38:58, 38:58] = (110, 110, 110)
+    return pixels
+
+
+VERDICTS = [
+    pytest.param(grey_disc(), UNMIX, "good", None, id="good"),
+    pytest.param(
+        pane(), (*UNMIX, "--subject", "translucent"), "look", "is see-through", id="glass"
+    ),
+    pytest.param(cornered(), UNMIX, "look", "only 3 of the four corners", id="corner"),
+    pytest.param(rimmed(), ("--soft-matte",), "look", "levels of #00ff00 shine", id="spill"),
+    pytest.param(grey_disc()[:60], UNMIX, "look", "cut by the bottom", id="cut"),
+    pytest.param(grey_disc(), ("--key-color", "#ff00ff"), "bad", "no pixel matched", id="no key"),
+    pytest.param(np.full((40, 40, 3), GREEN, np.uint8), UNMIX, "bad", "is left", id="nothing left"),
+]
+
+
+@pytest.mark.parametrize(("pixels", "flags", "verdict", "sentence"), VERDICTS)
+def test_the_verdict_is_that_of_the_worst_warning(
+    pixels: U8, flags: tuple[str, ...], verdict: str, sentence: str | None, tmp_path: Path
+) -> None:
+    source = save(tmp_path / "in.png", pixels)
+    outcome = run("--input", source, "--out", tmp_path / "o.png", *flags, "--json")
+    (record,) = outcome.json_lines
+    assert (record["verdict"], outcome.exit_code) == (verdict, 0)
+    assert any(sentence in warning for warning in record["warnings"]) if sentence else True
+    *told, last = outcome.stderr.splitlines() or [""]
+    assert told == [f"Warning: {source}: {warning}" for warning in record["warnings"]]
+    assert last.startswith(f"Warning: {source}: verdict {verdict}: ") if sentence else not last
+
+
+@pytest.mark.parametrize(("pixels", "flags", "verdict", "_sentence"), VERDICTS)
+def test_strict_makes_a_bad_verdict_a_failure(
+    pixels: U8, flags: tuple[str, ...], verdict: str, _sentence: str | None, tmp_path: Path
+) -> None:
+    source = save(tmp_path / "in.png", pixels)
+    outcome = run("--input", source, "--out", tmp_path / "o.png", *flags, "--strict")
+    errors = [f"Error: {source}: verdict bad: do not use it as it is"]
+    assert (outcome.exit_code, outcome.errors) == ((1, errors) if verdict == "bad" else (0, []))
+    assert (tmp_path / "o.png").exists()
 
 
 def test_a_subject_that_is_cut_by_the_picture_is_warned_of(tmp_path: Path) -> None:
