@@ -3,7 +3,7 @@
 
     remove_chroma_key.py --input frog.png --out frog-cut.png --auto-key border --unmix
     remove_chroma_key.py --input shots/*.png --out-dir cut --auto-key border --unmix --json
-    remove_chroma_key.py --input logo.png --out logo.webp --soft-matte --despill
+    remove_chroma_key.py --input logo.png --out logo.webp --unmix --preview logo-look.png
 
 --unmix takes every pixel for a mixture of subject and key colour and recovers the alpha and the
 subject's own colour; it needs no tuning. Without it, alpha is a function of the distance to the key
@@ -33,11 +33,12 @@ The file, from top to bottom; a section uses only what stands above it:
    10g all of it
    11  edge                            contract and feather
    12  self-check                      a new warning is a sentence of a generator
-   13  write
-   14  report
-   15  signals
-   16  run                             one process, or one for each core
-   17  main
+   13  preview                         the cut-out on four grounds, and its edge enlarged
+   14  write
+   15  report
+   16  signals
+   17  run                             one process, or one for each core
+   18  main
 """
 # /// script
 # requires-python = ">=3.11"
@@ -127,6 +128,7 @@ VERDICTS = ("good", "look", "bad")  # from the best to the worst
 AUTO_KEYS = ("none", "corners", "border")  # the first of each is the default
 SUBJECTS = ("auto", "opaque", "translucent")
 OUTPUT_FORMATS = {".png": "PNG", ".webp": "WEBP"}
+PREVIEW_FORMATS = {**OUTPUT_FORMATS, ".jpg": "JPEG", ".jpeg": "JPEG"}
 DRAWING_FORMATS = {"EPS", "WMF", "EMF"}  # Pillow would start Ghostscript for the first
 EXIF_ORIENTATION = 0x0112
 
@@ -207,6 +209,7 @@ class Job(NamedTuple):
     method: MatteMethod | UnmixMethod
     edge_contract: int
     edge_feather: float
+    preview: Path | None = None
 
 
 class Picture(NamedTuple):
@@ -244,14 +247,21 @@ class SelfCheck(NamedTuple):
     warnings: tuple[str, ...] = ()
 
 
+class File(NamedTuple):
+    """What is to be written."""
+
+    path: Path
+    data: bytes
+
+
 class Done(NamedTuple):
-    """A picture that is cut out: first as a file in memory, and then on disk."""
+    """A picture that is cut out: first as files in memory, and then on disk."""
 
     job: Job
     size: tuple[int, int]
     key: Colour
     check: SelfCheck
-    file: bytes = b""
+    files: tuple[File, ...] = ()
 
 
 class Failed(NamedTuple):
@@ -311,6 +321,7 @@ FILES = (
     ),
     Option("--out PATH", Path, "the cut-out, .png or .webp"),
     Option("--out-dir DIR", Path, "write DIR/<input stem>.png"),
+    Option("--preview FILE", Path, "also a picture of the cut-out on four grounds, edge enlarged"),
     Option("--force", None, "replace existing outputs"),
     Option("--json", None, "print one JSON object a line per picture instead of text"),
     Option("--strict", None, "a cut-out that the self-check calls bad is a failure, too"),
@@ -394,6 +405,7 @@ class Arguments(argparse.Namespace):
     input: list[Path]
     out: Path | None = None
     out_dir: Path | None = None
+    preview: Path | None = None
     force: bool = False
     json: bool = False
     strict: bool = False
@@ -474,6 +486,7 @@ def jobs_from(arguments: Arguments) -> list[Job]:
             method=method_from(arguments),
             edge_contract=arguments.edge_contract,
             edge_feather=arguments.edge_feather,
+            preview=arguments.preview,
         )
         for source in arguments.input
     ]
@@ -502,6 +515,8 @@ def check_options(arguments: Arguments) -> Iterator[str]:
         yield "give either --out PATH (one input) or --out-dir DIR (any number)"
     elif arguments.out is not None and len(arguments.input) > 1:
         yield f"--out takes one input, received {len(arguments.input)}; use --out-dir DIR"
+    if arguments.preview is not None and len(arguments.input) > 1:
+        yield f"--preview takes one input, received {len(arguments.input)}; run them one by one"
 
 
 def check_source(source: Path) -> Iterator[str]:
@@ -515,18 +530,35 @@ def check_source(source: Path) -> Iterator[str]:
         yield f"{source} is no regular file; give picture files"
 
 
+def check_place(path: Path, *, force: bool) -> Iterator[str]:
+    """Find why a file could not be written there."""
+    if os.path.isdir(path):
+        yield f"{path} is a directory; give a file name"
+    elif os.path.lexists(path) and not force:
+        yield f"{path} exists; choose another name or add --force"
+    above = next((folder for folder in path.parents if os.path.exists(folder)), None)
+    if above is not None and not os.path.isdir(above):
+        yield f"{above} is no directory, so {path} cannot be written; choose another place"
+
+
 def check_target(job: Job) -> Iterator[str]:
     """Find why an output could not be written."""
     target = job.target
     if target.suffix.lower() not in OUTPUT_FORMATS:
         yield f"{target} ends in {target.suffix or 'nothing'!r}; only .png and .webp keep alpha"
-    if os.path.isdir(target):
-        yield f"{target} is a directory; give a file name"
-    elif os.path.lexists(target) and not job.force:
-        yield f"{target} exists; choose another name or add --force"
-    above = next((folder for folder in target.parents if os.path.exists(folder)), None)
-    if above is not None and not os.path.isdir(above):
-        yield f"{above} is no directory, so {target} cannot be written; choose another place"
+    yield from check_place(target, force=job.force)
+
+
+def check_preview(job: Job, preview: Path) -> Iterator[str]:
+    """Find why a preview could not be written."""
+    if preview.suffix.lower() not in PREVIEW_FORMATS:
+        *others, last = PREVIEW_FORMATS
+        accepted = f"{', '.join(others)} and {last} are accepted"
+        yield f"--preview {preview} ends in {preview.suffix or 'nothing'!r}; {accepted}"
+    if os.path.realpath(preview) in map(os.path.realpath, (job.source, job.target)):
+        yield f"--preview {preview} is the input or the cut-out; choose another name"
+    else:
+        yield from check_place(preview, force=job.force)
 
 
 def check_files(jobs: Sequence[Job]) -> Iterator[str]:
@@ -547,6 +579,8 @@ def check_files(jobs: Sequence[Job]) -> Iterator[str]:
         else:
             yield from check_target(job)
         outputs[real_target] = job
+        if job.preview is not None:
+            yield from check_preview(job, job.preview)
 
 
 def check_packages() -> Iterator[str]:
@@ -1641,17 +1675,24 @@ SOLID_ALPHA, SEE_THROUGH_SHARE = 224, 0.03  # are below there; good bodies have 
 CUT_SHARE = 0.01  # of a side; composites have 0
 
 
+def key_tint(planes: Planes, key: Colour) -> U8:
+    """How far the key's channels stand above the others; nowhere where the key has no hue."""
+    channels = lit_channels(key)
+    if not channels or len(channels) == len(planes):
+        return np.zeros_like(planes[0])
+    strength, rest = key_strength_and_rest(planes, channels)
+    tint: U8 = np.maximum(strength, rest) - rest
+    return tint
+
+
 def spill_level(cutout: Cutout) -> float:
     """Mean key tint that shows in partial pixels away from what has it itself, levels of 255."""
-    planes, alpha, channels = cutout.planes, cutout.alpha, lit_channels(cutout.key)
+    alpha = cutout.alpha
     own_tint = dilate(cutout.key_hued & (alpha == 255), HUE_REACH)
     partly = np.flatnonzero((alpha > 0) & (alpha < 255) & ~own_tint)
-    if not channels or len(channels) == len(planes) or not partly.size:
-        return 0.0
-    partial_planes = tuple(plane.reshape(-1)[partly] for plane in planes)
-    strength, rest = key_strength_and_rest(partial_planes, channels)
-    excess = np.maximum(strength, rest) - rest
-    return float((excess * (alpha.reshape(-1)[partly] / 255.0)).mean())
+    partial_planes = tuple(plane.reshape(-1)[partly] for plane in cutout.planes)
+    tint = key_tint(partial_planes, cutout.key)
+    return float((tint * (alpha.reshape(-1)[partly] / 255.0)).sum() / max(1, partly.size))
 
 
 def see_through_share(picture: Picture, cutout: Cutout) -> float:
@@ -1745,7 +1786,92 @@ def self_check(picture: Picture, cutout: Cutout) -> SelfCheck:
     return check._replace(verdict=verdict, warnings=tuple(each.sentence for each in found))
 
 
-# ── 13 · Write ────────────────────────────────────────────────────────────────────────────────────
+# ── 13 · Preview ──────────────────────────────────────────────────────────────────────────────────
+#
+# Two rows of four tiles, on black, white, a checkerboard and a ground as uneven as a photograph:
+# above the whole cut-out, below the part of its edge where most is to be seen, enlarged. Veils show
+# on black, dark rims on white, holes on the checkerboard, and key colour on the last.
+
+TILE, GAP = 384, 8  # pixels; four tiles are as wide as most viewers show
+ZOOM = 6
+CHECK = 16  # pixels of a square
+OCTAVES = (3, 6, 12, 24, 48, 96)  # blots along a side of the uneven ground, the weaker the smaller
+BLOT_LEVELS = 60  # of the largest
+LANDSCAPE = ((110, 150, 205), (235, 205, 165), (120, 95, 70), (40, 55, 35))  # from top to bottom
+TINTED = 16  # levels of key colour that the eye sees at an edge …
+TINTED_WEIGHT = 4  # … and is to be led to
+
+
+def uneven_ground() -> U8:
+    """Blots of all sizes between a sky and a soil, always the same."""
+    random, blots = np.random.default_rng(1), np.zeros((TILE, TILE), np.float32)
+    for number in OCTAVES:
+        octave = Image.fromarray(random.normal(0, 1, (number, number)).astype(np.float32))
+        blots += np.asarray(octave.resize((TILE, TILE), Image.Resampling.BICUBIC)) / number**0.5
+    heights = np.linspace(0, 1, TILE)
+    places = np.linspace(0, 1, len(LANDSCAPE))
+    colours = [np.interp(heights, places, levels) for levels in zip(*LANDSCAPE, strict=True)]
+    ground = np.stack(colours, axis=-1)[:, None] + BLOT_LEVELS * blots[..., None]
+    return np.clip(ground, 0, 255).astype(np.uint8)
+
+
+def grounds() -> list[Image.Image]:
+    """Draw what the cut-out is laid on."""
+    rows, columns = np.indices((TILE, TILE)) // CHECK
+    checkerboard = np.where((rows + columns) % 2, np.uint8(160), np.uint8(224))
+    flat = [np.full((TILE, TILE, 3), level, np.uint8) for level in (0, 255)]
+    drawn = [*flat, np.stack([checkerboard] * 3, axis=-1), uneven_ground()]
+    return [Image.fromarray(ground).convert("RGBA") for ground in drawn]
+
+
+def busiest_window(cutout: Cutout, side: int) -> tuple[int, int]:
+    """Top and left of the square that shows most of an edge, above all where it has a tint."""
+    alpha, step = cutout.alpha, side // 4
+    edge = around(alpha, np.maximum) != around(alpha, np.minimum)
+    tinted = edge & (alpha > 0) & (key_tint(cutout.planes, cutout.key) > TINTED)
+    cells = blocks(edge + TINTED_WEIGHT * tinted.astype(np.int64), np.add, step)
+    height, width = (min(4, length) for length in cells.shape)
+    sums = np.lib.stride_tricks.sliding_window_view(cells, (height, width)).sum(axis=(2, 3))
+    top, left = np.unravel_index(int(sums.argmax()), sums.shape)
+    return int(top) * step, int(left) * step
+
+
+def fitted(image: Image.Image) -> Image.Image:
+    """Scale to a tile; what is smaller than that by a whole number."""
+    scale = min(TILE / length for length in image.size)
+    if scale < 1:
+        image.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
+        return image
+    width, height = (int(scale) * length for length in image.size)
+    return image.resize((width, height), Image.Resampling.NEAREST)
+
+
+def preview_of(cutout: Cutout) -> Image.Image:
+    """Lay the whole cut-out and its busiest edge on each ground."""
+    whole = Image.fromarray(np.stack([*cutout.planes, cutout.alpha], axis=-1))
+    side = TILE // ZOOM
+    top, left = busiest_window(cutout, side)
+    detail = whole.crop((left, top, left + side, top + side))
+    sheet = Image.new("RGB", (4 * TILE + 5 * GAP, 2 * TILE + 3 * GAP), (128, 128, 128))
+    for row, image in enumerate((fitted(whole), fitted(detail))):
+        middle = (TILE - image.width) // 2, (TILE - image.height) // 2
+        for column, ground in enumerate(grounds()):
+            ground.alpha_composite(image, middle)
+            place = GAP + column * (TILE + GAP), GAP + row * (TILE + GAP)
+            sheet.paste(ground.convert("RGB"), place)
+    return sheet
+
+
+def preview_files(cutout: Cutout, preview: Path | None) -> tuple[File, ...]:
+    """Encode the preview, if one is wanted."""
+    if preview is None:
+        return ()
+    buffer = BytesIO()
+    preview_of(cutout).save(buffer, PREVIEW_FORMATS[preview.suffix.lower()])
+    return (File(preview, buffer.getvalue()),)
+
+
+# ── 14 · Write ────────────────────────────────────────────────────────────────────────────────────
 
 
 def png(pixels: U8, profile: bytes | None) -> bytes:
@@ -1799,7 +1925,7 @@ def write_new(target: Path, data: bytes, *, force: bool) -> None:
         temporary.unlink(missing_ok=True)
 
 
-# ── 14 · Report ───────────────────────────────────────────────────────────────────────────────────
+# ── 15 · Report ───────────────────────────────────────────────────────────────────────────────────
 
 
 def text_lines(outcome: Done | Failed) -> list[str]:
@@ -1812,6 +1938,7 @@ def text_lines(outcome: Done | Failed) -> list[str]:
         f"Key color: {hex_colour(outcome.key)}",
         f"Transparent pixels: {outcome.check.transparent}/{pixels}",
         f"Partially transparent pixels: {outcome.check.partial}/{pixels}",
+        *([shown(f"Wrote {outcome.job.preview}")] if outcome.job.preview else []),
     ]
 
 
@@ -1832,6 +1959,7 @@ def json_line(outcome: Done | Failed) -> str:
     fields = {
         "input": str(job.source),
         "output": str(job.target),
+        "preview": job.preview and str(job.preview),
         "width": width,
         "height": height,
         "key_color": hex_colour(outcome.key),
@@ -1888,7 +2016,7 @@ class Report:
                 say(f"Error: {problem}; the pictures are written all the same")
 
 
-# ── 15 · Signals ──────────────────────────────────────────────────────────────────────────────────
+# ── 16 · Signals ──────────────────────────────────────────────────────────────────────────────────
 
 ENDING_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # Ctrl-C, the system's, a terminal that closes
 
@@ -1936,7 +2064,7 @@ def signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-# ── 16 · Run ──────────────────────────────────────────────────────────────────────────────────────
+# ── 17 · Run ──────────────────────────────────────────────────────────────────────────────────────
 
 JOBS_AHEAD = 4  # for each worker; few finished pictures wait in memory for a slow one before them
 
@@ -1953,28 +2081,29 @@ def cut_out(job: Job) -> Done | Failed:
             cutout = cut_by_distance(picture, key, job.method)
         cutout = contract_and_feather(cutout, job)
         check = self_check(picture, cutout)
-        file = encode(cutout, job.target, picture.icc_profile)
+        made = File(job.target, encode(cutout, job.target, picture.icc_profile))
+        files = (*preview_files(cutout, job.preview), made)
     except ChromaKeyError as error:
         return Failed(job, str(error))
     except MemoryError:
         return Failed(job, "too large for the memory; scale the picture down first")
     height, width = cutout.alpha.shape
-    return Done(job, (width, height), key, check, file)
+    return Done(job, (width, height), key, check, files)
 
 
 def written(outcome: Done | Failed) -> Done | Failed:
     """Write what came out, so that workers may be ended at any time."""
     if isinstance(outcome, Failed):
         return outcome
-    job = outcome.job
-    try:
-        with signals_held():  # so that no temporary file stays
-            write_new(job.target, outcome.file, force=job.force)
-    except FileExistsError:
-        return Failed(job, f"{job.target} appeared meanwhile; add --force to replace it")
-    except OSError as error:
-        return Failed(job, f"{job.target} cannot be written: {error.strerror or error}")
-    return outcome._replace(file=b"")
+    for path, data in outcome.files:
+        try:
+            with signals_held():  # so that no temporary file stays
+                write_new(path, data, force=outcome.job.force)
+        except FileExistsError:
+            return Failed(outcome.job, f"{path} appeared meanwhile; add --force to replace it")
+        except OSError as error:
+            return Failed(outcome.job, f"{path} cannot be written: {error.strerror or error}")
+    return outcome._replace(files=())
 
 
 def end_with(sentinel: int) -> None:
@@ -2071,7 +2200,7 @@ def run_jobs(jobs: Sequence[Job]) -> Generator[Done | Failed]:
         workers.end()
 
 
-# ── 17 · Main ─────────────────────────────────────────────────────────────────────────────────────
+# ── 18 · Main ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def run_command(arguments: Arguments) -> int:

@@ -87,6 +87,7 @@ def test_json_tells_an_agent_what_it_must_know(picture: Path, tmp_path: Path) ->
         {
             "input": str(picture),
             "output": str(target),
+            "preview": None,
             "width": 96,
             "height": 96,
             "key_color": "#00ff00",
@@ -246,6 +247,62 @@ def test_a_cut_out_is_not_cut_out_once_more(picture: Path, tmp_path: Path) -> No
     assert run("--input", once, "--out", twice, "--unmix").exit_code == 0
 
 
+# ── Preview ──────────────────────────────────────────────────────────────────────────────────────
+
+TILE, STEP = remove_chroma_key.TILE, remove_chroma_key.TILE + remove_chroma_key.GAP
+
+
+def preview_tiles(folder: Path, pixels: U8, *flags: str, suffix: str = "png") -> list[list[U8]]:
+    """The tiles of a preview, by row and column."""
+    source, preview = save(folder / "in.png", pixels), folder / f"preview.{suffix}"
+    paths: list[str | Path] = ["--input", source, "--out", folder / "o.png", "--preview", preview]
+    outcome = run(*paths, *flags, "--force")
+    assert outcome.exit_code == 0
+    assert outcome.stdout.splitlines()[-1] == f"Wrote {preview}"
+    sheet = load(preview)[remove_chroma_key.GAP :, remove_chroma_key.GAP :, :3]
+    return [
+        [sheet[y * STEP : y * STEP + TILE, x * STEP : x * STEP + TILE] for x in range(4)]
+        for y in range(2)
+    ]
+
+
+def test_a_preview_shows_the_cut_out_on_four_grounds(tmp_path: Path) -> None:
+    whole, _ = preview_tiles(tmp_path, grey_disc(), *UNMIX)
+    middle = TILE // 2
+    assert all(tile[middle, middle].tolist() == [120, 110, 100] for tile in whole)
+    black, white, checkerboard, uneven = (tile[:60, :60].reshape(-1, 3) for tile in whole)
+    assert [np.unique(tile).tolist() for tile in (black, white)] == [[0], [255]]
+    assert len(np.unique(checkerboard, axis=0)) == 2
+    assert len(np.unique(uneven, axis=0)) > 100
+
+
+def test_a_preview_enlarges_the_edge_where_key_colour_shows(tmp_path: Path) -> None:
+    pixels = np.full((400, 400, 3), GREEN, np.uint8)
+    pixels[40:360, 40:360] = (110, 110, 110)
+    pixels[320:330, 356:361] = (60, 190, 60)
+    _, (_, white, _, _) = preview_tiles(tmp_path, pixels, "--tolerance", "20")
+    colours = {tuple(colour) for colour in white.reshape(-1, 3).tolist()}
+    assert colours == {(255, 255, 255), (110, 110, 110), (60, 190, 60)}
+    spill = (white == (60, 190, 60)).all(axis=-1).sum()
+    assert spill == 50 * remove_chroma_key.ZOOM**2
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "jpg", "jpeg"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1900), (30, 40)], ids=str)
+def test_a_preview_is_made_of_any_size_and_in_any_format(
+    shape: tuple[int, int], suffix: str, tmp_path: Path
+) -> None:
+    pixels = np.full((*shape, 3), (90, 20, 20), np.uint8)
+    whole, detail = preview_tiles(tmp_path, pixels, suffix=suffix)
+    assert {tile.shape for tile in whole + detail} == {(TILE, TILE, 3)}
+
+
+def test_json_names_the_preview(picture: Path, tmp_path: Path) -> None:
+    preview = tmp_path / "p.png"
+    outcome = run("--input", picture, "--out", tmp_path / "o.png", "--preview", preview, "--json")
+    assert outcome.json_lines[0]["preview"] == str(preview)
+
+
 # ── Refused before anything is done ──────────────────────────────────────────────────────────────
 
 REFUSED = [
@@ -333,6 +390,23 @@ Refusal = tuple[list[str], str]
         ),
         pytest.param(
             ["--input", "disc.png", "a/disc.jpg", "--out-dir", "d"], "would both become", id="same"
+        ),
+        pytest.param(
+            ["--input", "disc.png", "b.png", "--out-dir", "d", "--preview", "p.png"],
+            "--preview takes one input, received 2",
+            id="previews",
+        ),
+        *(
+            pytest.param(
+                ["--input", "disc.png", "--out", "o.png", "--preview", name], reason, id=name
+            )
+            for name, reason in {
+                "p.gif": ".png, .webp, .jpg and .jpeg are accepted",
+                "o.png": "is the input or the cut-out",
+                "./disc.png": "is the input or the cut-out",
+                "old.png": "old.png exists",
+                "old.png/p.png": "no directory",
+            }.items()
         ),
     ],
 )
