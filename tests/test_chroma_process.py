@@ -46,7 +46,7 @@ def picture() -> Path:
 # ── Streams ──────────────────────────────────────────────────────────────────────────────────────
 
 FULL = "stdout takes no more: No space left on device"
-CUT = "$RUN --input disc.png --out o.png"
+CUT = "$RUN --input disc.png --out o.png --auto-key border --unmix"
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_a_worker_that_dies_costs_its_own_picture_alone(picture: Path) -> None:
         os.link(picture, name)
     Path("deadly.py").write_text(DEADLY)
     done = subprocess.run(
-        [sys.executable, "deadly.py", "--input", *names, "--out-dir", "cut", "--json"],
+        [sys.executable, "deadly.py", "--input", *names, "--out-dir", "cut", "--unmix", "--json"],
         capture_output=True,
         text=True,
         check=False,

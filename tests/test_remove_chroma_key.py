@@ -7,14 +7,16 @@ import os
 import struct
 import subprocess
 import sys
+import tempfile
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import remove_chroma_key
-from chroma_oracle import disc, load, run, save
+from chroma_oracle import Outcome, cut_out, disc, load, run, save
+from pages import first_cells
 from PIL import Image, ImageCms
 
 if TYPE_CHECKING:
@@ -98,6 +100,7 @@ def test_json_tells_an_agent_what_it_must_know(picture: Path, tmp_path: Path) ->
             "opaque": pytest.approx(0.38, abs=0.02),
             "corners_transparent": 4,
             "residual_spill": pytest.approx(0, abs=1),
+            "rim_tint": pytest.approx(0, abs=1),
             "key_hued": 0.0,
             "see_through": 0.0,
             "touches_border": [],
@@ -183,7 +186,7 @@ def pane() -> U8:
 
 def cornered() -> U8:
     pixels = grey_disc()
-    pixels[:1, :1] = (90, 90, 90)
+    pixels[0, 0] = (30, 200, 30)
     return pixels
 
 
@@ -195,6 +198,15 @@ def rimmed() -> U8:
     return pixels
 
 
+def checkerboard(light: int = 255, dark: int = 228, side: int = 12) -> U8:
+    """A disc on a checkerboard that is painted."""
+    truth = disc((120, 60, 40), size=192, radius=60)
+    rows, columns = np.indices((192, 192)) // side
+    ground = np.where((rows + columns) % 2, light, dark)
+    noise = np.random.default_rng(0).normal(0, 1.5, (192, 192, 3))
+    return np.clip(np.rint(truth.on(ground[..., None] + noise)), 0, 255).astype(np.uint8)
+
+
 VERDICTS = [
     pytest.param(grey_disc(), UNMIX, "good", None, id="good"),
     pytest.param(
@@ -203,6 +215,8 @@ VERDICTS = [
     pytest.param(cornered(), UNMIX, "look", "only 3 of the four corners", id="corner"),
     pytest.param(rimmed(), ("--soft-matte",), "look", "levels of #00ff00 shine", id="spill"),
     pytest.param(grey_disc()[:60], UNMIX, "look", "cut by the bottom", id="cut"),
+    pytest.param(checkerboard(), UNMIX, "bad", "a pattern of two tones", id="checkerboard"),
+    pytest.param(grey_disc(), (), "bad", "levels more of #00ff00", id="rim"),
     pytest.param(grey_disc(), ("--key-color", "#ff00ff"), "bad", "no pixel matched", id="no key"),
     pytest.param(np.full((40, 40, 3), GREEN, np.uint8), UNMIX, "bad", "is left", id="nothing left"),
 ]
@@ -245,6 +259,137 @@ def test_a_cut_out_is_not_cut_out_once_more(picture: Path, tmp_path: Path) -> No
     assert "its border is transparent already" in outcome.errors[0]
     assert not twice.exists()
     assert run("--input", once, "--out", twice, "--unmix").exit_code == 0
+
+
+@pytest.mark.parametrize("steps", [3, 8, 15])
+def test_a_drift_and_a_subject_at_the_border_are_no_pattern(steps: int, tmp_path: Path) -> None:
+    ground = np.linspace(0, 8 * steps, 192)[:, None, None] + np.array(GREEN)
+    truth = disc((20, 20, 20), size=192, radius=110)
+    pixels = np.clip(truth.on(ground - 4 * steps), 0, 255)
+    assert "pattern" not in warned(tmp_path, pixels.astype(np.uint8), *UNMIX)
+
+
+# ── Inspection ───────────────────────────────────────────────────────────────────────────────────
+
+
+def inspected(folder: Path, pixels: U8) -> tuple[dict[str, Any], Outcome]:
+    """What `--inspect` says of a picture, and that it writes nothing."""
+    source = save(folder / "in.png", pixels)
+    outcome = run("--inspect", source, "--json")
+    (record,) = outcome.json_lines
+    assert os.listdir(folder) == ["in.png"]
+    return record, outcome
+
+
+def cut_of(pixels: U8, *flags: str) -> U8:
+    """What is cut out, and is looked at anew."""
+    with tempfile.TemporaryDirectory() as folder:
+        return cut_out(Path(folder), pixels, *flags)
+
+
+def cut_disc(*flags: str) -> U8:
+    """A disc that was cut out."""
+    return cut_of(grey_disc(), *flags)
+
+
+def covered(pixels: U8, alpha: int, area: tuple[slice, slice]) -> U8:
+    """The same with grey of some alpha over an area."""
+    changed = pixels.copy()
+    changed[area] = (90, 90, 90, alpha)
+    return changed
+
+
+CUT_DISC = cut_disc(*UNMIX)
+CORNER, LEFT = np.s_[:6, :6], np.s_[30:34, :3]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "verdict", "sentences"),
+    [
+        pytest.param(CUT_DISC, "good", [], id="a good cut-out"),
+        pytest.param(
+            grey_disc(),
+            "bad",
+            ["it has no alpha; cut it out with", "parts of it have the key colour #00ff00"],
+            id="no alpha",
+        ),
+        pytest.param(
+            np.dstack([grey_disc(), np.full((96, 96), 255, np.uint8)]),
+            "bad",
+            ["its alpha is opaque everywhere; cut it out with", "the key colour #00ff00"],
+            id="opaque everywhere",
+        ),
+        pytest.param(
+            checkerboard(),
+            "bad",
+            ["it has no alpha; make it again", "a checkerboard is painted"],
+            id="checkerboard",
+        ),
+        pytest.param(
+            checkerboard(60, 80),
+            "bad",
+            ["it has no alpha; make it again", "a checkerboard is painted"],
+            id="dark checkerboard",
+        ),
+        pytest.param(CUT_DISC * 0, "bad", ["next to nothing of it is visible"], id="empty"),
+        pytest.param(
+            covered(CUT_DISC, 20, CORNER),
+            "look",
+            ["only 3 of the four corners", "a haze covers 0.39% of it"],
+            id="haze in a corner",
+        ),
+        pytest.param(
+            covered(CUT_DISC, 60, np.s_[4:6, 4:6]), "look", ["a haze covers 0.04%"], id="a speck"
+        ),
+        pytest.param(covered(CUT_DISC, 255, LEFT), "look", ["cut by the left"], id="cut"),
+        pytest.param(cut_disc(), "bad", ["levels more of #00ff00"], id="a rim of the key"),
+    ],
+)
+def test_inspect_judges_a_picture_that_should_be_transparent(
+    pixels: U8, verdict: str, sentences: list[str], tmp_path: Path
+) -> None:
+    record, outcome = inspected(tmp_path, pixels)
+    assert record["verdict"] == verdict
+    assert outcome.exit_code == (verdict == "bad")
+    assert len(record["warnings"]) == len(sentences)
+    for said, sentence in zip(record["warnings"], sentences, strict=True):
+        assert sentence in said
+
+
+def test_inspect_says_all_in_json(tmp_path: Path) -> None:
+    record, outcome = inspected(tmp_path, CUT_DISC)
+    assert outcome.stderr == ""
+    assert list(record) == first_cells("references/cli.md", "remove_chroma_key.py", 3)
+    assert record == {
+        "input": str(tmp_path / "in.png"),
+        "width": 96,
+        "height": 96,
+        "alpha": True,
+        "transparent": pytest.approx(0.59, abs=0.02),
+        "partial": pytest.approx(0.03, abs=0.02),
+        "opaque": pytest.approx(0.38, abs=0.02),
+        "corners_transparent": 4,
+        "haze": 0.0,
+        "key_left": None,
+        "touches_border": [],
+        "verdict": "good",
+        "warnings": [],
+    }
+
+
+def test_inspect_takes_many_pictures_and_ends_with_the_worst(tmp_path: Path) -> None:
+    good, bad = save(tmp_path / "a.png", CUT_DISC), save(tmp_path / "b.png", grey_disc())
+    Path("c.png").write_bytes(b"")
+    outcome = run("--inspect", tmp_path / "[ab].png", "c.png")
+    assert outcome.exit_code == 1
+    assert outcome.stdout.splitlines() == [f"Inspected {good}: good", f"Inspected {bad}: bad"]
+    assert [line.split(": ")[1] for line in outcome.errors] == [str(bad), "c.png"]
+    assert run("--inspect", good, good).exit_code == 0
+
+
+def test_inspect_keeps_a_subject_in_a_key_s_hue_apart_from_a_rim(tmp_path: Path) -> None:
+    record, _ = inspected(tmp_path, cut_of(frog(), *UNMIX))
+    assert (record["verdict"], record["key_left"]) == ("good", None)
 
 
 # ── Preview ──────────────────────────────────────────────────────────────────────────────────────
@@ -376,6 +521,12 @@ Refusal = tuple[list[str], str]
         pytest.param(["--input", "none.png", "--out", "o.png"], "does not exist", id="missing"),
         pytest.param(["--input", ".", "--out", "o.png"], "is a directory", id="directory"),
         pytest.param(["--input", "/dev/null", "--out", "o.png"], "no regular file", id="device"),
+        pytest.param(
+            ["--inspect", "disc.png", "--out", "o.png", "--unmix", "--auto-key", "border"],
+            "takes no key; leave out --out, --unmix, --auto-key",
+            id="inspect and make",
+        ),
+        pytest.param(["--inspect", "none.png"], "does not exist", id="inspect, missing"),
         pytest.param(["--input", "disc.png", "--out", "o.jpg"], "only .png and .webp", id="jpg"),
         pytest.param(["--input", "disc.png", "--out", "o"], "only .png and .webp", id="no suffix"),
         pytest.param(["--input", "disc.png", "--out", "old.png"], "--force", id="existing"),
