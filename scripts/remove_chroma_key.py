@@ -129,6 +129,7 @@ MAX_EDGE_FEATHER = 64
 VERDICTS = ("good", "look", "bad")  # from the best to the worst
 AUTO_KEYS = ("none", "corners", "border")  # the first of each is the default
 SUBJECTS = ("auto", "opaque", "translucent")
+ENCLOSED = ("auto", "remove", "keep")
 OUTPUT_FORMATS = {".png": "PNG", ".webp": "WEBP"}
 PREVIEW_FORMATS = {**OUTPUT_FORMATS, ".jpg": "JPEG", ".jpeg": "JPEG"}
 DRAWING_FORMATS = {"EPS", "WMF", "EMF"}  # Pillow would start Ghostscript for the first
@@ -195,9 +196,14 @@ class MatteMethod(NamedTuple):
 
 
 class UnmixMethod(NamedTuple):
-    """Alpha follows from unmixing; `subject` is what the areas that share the key's hue are."""
+    """Alpha follows from unmixing.
+
+    `subject` is what the areas that share the key's hue are, `enclosed` what becomes of background
+    that the subject encloses.
+    """
 
     subject: str = SUBJECTS[0]
+    enclosed: str = ENCLOSED[0]
 
 
 class Job(NamedTuple):
@@ -259,7 +265,8 @@ class SelfCheck(NamedTuple):
     coverage: Coverage
     border_uniform: float
     border_spread: float
-    patterned: bool
+    border: str
+    framed: Colour | None
     residual_spill: float
     rim_tint: float
     key_hued: float
@@ -400,6 +407,13 @@ UNMIX = (
         SUBJECTS[0],
         more={"choices": SUBJECTS},
     ),
+    Option(
+        "--enclosed",
+        str,
+        "background that the subject encloses; auto keeps it where the key has no hue, as white",
+        ENCLOSED[0],
+        more={"choices": ENCLOSED},
+    ),
 )
 MATTE = (
     Option(
@@ -467,6 +481,7 @@ class Arguments(argparse.Namespace):
     auto_key: str = AUTO_KEYS[0]
     unmix: bool = False
     subject: str | None = None
+    enclosed: str | None = None
     edge_contract: int = 0
     edge_feather: float = 0.0
 
@@ -556,8 +571,9 @@ def check_options(arguments: Arguments) -> Iterator[str]:
     if arguments.unmix and received:
         flags = ", ".join("--" + name.replace("_", "-") for name in received)
         yield f"{flags} shapes the matte that --unmix replaces; leave out one or the other"
-    if arguments.subject and not arguments.unmix:
-        yield f"--subject {arguments.subject} needs --unmix; add it or leave --subject out"
+    for flag, value in (("--subject", arguments.subject), ("--enclosed", arguments.enclosed)):
+        if value and not arguments.unmix:
+            yield f"{flag} {value} needs --unmix; add it or leave {flag} out"
     method = method_from(arguments)
     if isinstance(method, MatteMethod) and method.soft_matte:
         low, high = method.transparent_threshold, method.opaque_threshold
@@ -789,24 +805,27 @@ def corner_samples(planes: Planes) -> U8:
     return pixels_of(planes, (top, left), (top, right), (bottom, left), (bottom, right))
 
 
-def key_of(planes: Planes, job: Job) -> Colour:
+def is_unseen(alpha: U8 | None, take: Callable[[Planes], U8]) -> bool:
+    """Tell whether most of some samples are transparent already."""
+    return alpha is not None and not np.median(take((alpha,)))
+
+
+def key_of(picture: Picture, job: Job) -> Colour:
     """Take the named key colour, or the median per channel of the corners or the border."""
     if job.auto_key == "none":
         return job.key_colour
-    samples = corner_samples(planes) if job.auto_key == "corners" else border_samples(planes)
-    red, green, blue = np.rint(np.median(samples, axis=0)).astype(int).tolist()
-    return red, green, blue
-
-
-def check_border(picture: Picture, job: Job) -> None:
-    """Stop where the key would be measured on pixels that nobody sees."""
-    if picture.alpha is None or not isinstance(job.method, UnmixMethod) or job.auto_key == "none":
-        return
-    if np.median(border_samples((picture.alpha,) * 3)) == 0:
+    take = corner_samples if job.auto_key == "corners" else border_samples
+    if is_unseen(picture.alpha, take):
+        place = "border is" if job.auto_key == "border" else "corners are"
         raise ChromaKeyError(
-            "its border is transparent already, so there is no key to measure; use it as it is, or "
+            f"its {place} transparent already, so there is no key to measure; use it as it is, or "
             "name the key with --key-color"
         )
+    samples = take(picture.planes)
+    if picture.alpha is not None and isinstance(job.method, UnmixMethod):
+        samples = samples[take((picture.alpha,))[:, 0] > 0]  # what nobody sees has no say
+    red, green, blue = np.rint(np.median(samples, axis=0)).astype(int).tolist()
+    return red, green, blue
 
 
 def spill_channels(key: Colour) -> tuple[int, ...]:
@@ -1652,6 +1671,8 @@ def fit_edges(alpha: F32, mixture: Mixture, certain: Mask, places: Places) -> No
 
 # ── 10g · All of it ───────────────────────────────────────────────────────────────────────────────
 
+OPEN_ALPHAS = (0.5, 0.98)  # below, a pixel is a way: through thin lines the first leads less often
+ENCLOSED_RIM = 2  # pixels between an enclosed area and what is certainly around it
 SETTLE_FROM, SETTLE_RAMP = 0.88, 0.075  # without: +0.4 dB in JPEGs, but 2 % more holes
 SHARES_HUE = 0.9  # q; below, an opaque pixel is reported to share the key's hue
 
@@ -1668,6 +1689,15 @@ def alpha_of(mixture: Mixture, certain: Mask, hued: Mask, *, see_through: bool) 
     if mixture.backdrop.deviation > PAINTED_DEVIATION:
         drop_specks(alpha)
     return alpha
+
+
+def fill_enclosed(alpha: F32) -> None:
+    """Make opaque what no way leads to from the border: a white eye on white, with its rim."""
+    for least in OPEN_ALPHAS:
+        parts = parts_of(alpha < least)
+        outside = parts.at_border()
+        enclosed = dilate(parts.mask(~outside), ENCLOSED_RIM)
+        alpha[enclosed & ~dilate(parts.mask(outside), ENCLOSED_RIM)] = 1
 
 
 def settle(alpha: F32) -> F32:
@@ -1698,6 +1728,9 @@ def cut_by_unmixing(picture: Picture, key: Colour, method: UnmixMethod) -> Cutou
     areas = judge_areas(cells_of(mixture), mixture.backdrop, method.subject)
     certain, hued = certain_pixels(mixture, areas)
     alpha = alpha_of(mixture, certain, hued, see_through=areas.see_through)
+    kept = {"auto": not hue_pairs(mixture.backdrop.key), "keep": True, "remove": False}
+    if kept[method.enclosed]:
+        fill_enclosed(alpha)
     planes, matte = straight(picture.planes, mixture, alpha)
     if picture.alpha is not None:
         matte = np.rint(matte * (picture.alpha / 255.0)).astype(np.uint8)
@@ -1760,6 +1793,9 @@ GROUND_LEVELS = 24  # levels from the key, around a pixel that is ground for the
 INTERIOR_REACH = 6  # … which begins so many pixels farther
 SOLID_ALPHA, SEE_THROUGH_SHARE = 224, 0.03  # are below there; good bodies have up to 0.02
 CUT_SHARE = 0.01  # of a side; composites have 0
+FRAME_SHARE = 0.12  # of the shorter side is the widest frame
+FRAME_RIM = 2  # pixels of a soft edge inside it
+FRAME_FLAT = 0.9  # of what adjoins it is opaque and of one colour
 PATTERN_DEPTH = 2  # pixels from the border, where its tones are looked at
 PATTERN_SPLIT = 0.85  # of the variance is between two tones; noise has 0.64, a slow drift 0.75 …
 PATTERN_LEVELS, PATTERN_SHARE = 8, 0.2  # … which are so far apart, and the rarer so common …
@@ -1856,11 +1892,42 @@ def is_patterned(planes: Planes) -> bool:
 CUT_OUT = "cut it out with --auto-key border --unmix"
 
 
+def colour_in_frame(planes: Planes, alpha: U8) -> Colour | None:
+    """Find the flat colour with a hue that fills the picture up to a narrow straight frame."""
+    visible = alpha >= SOLID_ALPHA
+    rows, columns = (np.flatnonzero(visible.any(axis=axis)) for axis in (1, 0))
+    if not rows.size:
+        return None
+    top, bottom, left, right = rows[0], rows[-1], columns[0], columns[-1]
+    height, width = alpha.shape
+    margins = top, height - 1 - bottom, left, width - 1 - right
+    if not 0 < min(margins) <= max(margins) <= FRAME_SHARE * min(height, width):
+        return None
+    inner = np.s_[top + FRAME_RIM : bottom - FRAME_RIM, left + FRAME_RIM : right - FRAME_RIM]
+    samples = border_samples(tuple(plane[inner] for plane in planes))
+    colour = np.median(samples, axis=0)
+    is_flat = np.abs(samples - colour).max(axis=1) <= FLAT_BORDER_DISTANCE
+    solid = border_samples((visible[inner].astype(np.uint8),))[:, 0] > 0
+    if (is_flat & solid).mean() < FRAME_FLAT or not hue_pairs(colour):
+        return None
+    red, green, blue = np.rint(colour).astype(int).tolist()
+    return red, green, blue
+
+
 class Complaint(NamedTuple):
     """What is probably wrong and what to do about it, and the verdict that follows from it."""
 
     verdict: str
     sentence: str
+
+
+def about_input(picture: Picture) -> Iterator[Complaint]:
+    """Find out that there was nothing to do."""
+    if is_unseen(picture.alpha, border_samples):
+        what = (
+            "its border was transparent already; unless the key was left inside, use it as it was"
+        )
+        yield Complaint("look", what)
 
 
 def about_key(check: SelfCheck, cutout: Cutout) -> Iterator[Complaint]:
@@ -1876,19 +1943,56 @@ def about_key(check: SelfCheck, cutout: Cutout) -> Iterator[Complaint]:
         yield Complaint("bad", what)
 
 
+BORDER_FAULTS = {
+    "pattern": Complaint(
+        "bad",
+        "the border is a pattern of two tones, as of a painted checkerboard; make the picture "
+        "again on one flat colour",
+    ),
+    "uneven": Complaint(
+        "bad",
+        "only {uniform:.0%} of the border is near {key}, so the background is no flat colour; make "
+        "the picture again on a flat one",
+    ),
+    "frame": Complaint(
+        "bad", "the border is a frame of {key} around a flat {inner}; crop it off, and cut that out"
+    ),
+    "no hue": Complaint(
+        "look",
+        "the background {key} has no hue, so what the subject has of its brightness may be lost; "
+        "make the picture again on #00ff00 or #ff00ff",
+    ),
+}
+
+
+def border_kind(picture: Picture, cutout: Cutout, uniform: float) -> tuple[str, Colour | None]:
+    """Say what the border is, and what stands inside if it is a frame."""
+    inner = colour_in_frame(picture.planes, cutout.alpha)
+    kinds = {
+        "pattern": is_patterned(picture.planes),
+        "uneven": uniform < FLAT_BORDER_SHARE,
+        "frame": inner is not None,
+        "no hue": not hue_pairs(np.array(cutout.key, np.float32)),
+        "flat": True,
+    }
+    return next(kind for kind, is_so in kinds.items() if is_so), inner
+
+
 def about_border(check: SelfCheck, cutout: Cutout) -> Iterator[Complaint]:
     """Find out that the background is no flat colour, or that the subject is not clear of it."""
-    key, flat = hex_colour(cutout.key), "make the picture again on a flat one"
-    coverage, uniform = check.coverage, check.border_uniform
-    if check.patterned:
-        what = (
-            "the border is a pattern of two tones, as of a painted checkerboard, and no flat colour"
-        )
-        yield Complaint("bad", f"{what}; {flat}")
-    elif uniform < FLAT_BORDER_SHARE:
-        what = f"only {uniform:.0%} of the border is near {key}"
-        yield Complaint("bad", f"{what}, so the background is no flat colour; {flat}")
-    yield from about_edges(coverage)
+    if check.border in BORDER_FAULTS:
+        verdict, sentence = BORDER_FAULTS[check.border]
+        inner = hex_colour(check.framed or cutout.key)
+        values = {"key": hex_colour(cutout.key), "inner": inner, "uniform": check.border_uniform}
+        yield Complaint(verdict, sentence.format(**values))
+    yield from about_edges(check.coverage)
+
+
+def about_brightness(check: SelfCheck, cutout: Cutout) -> Iterator[Complaint]:
+    """Find out that the subject was lost, since it is as bright as a key without a hue."""
+    if check.border == "no hue" and check.coverage.partial > check.coverage.opaque:
+        what = f"most of the subject was lost, being as bright as the {hex_colour(cutout.key)}"
+        yield Complaint("bad", f"{what} around it; make the picture again on a colour")
 
 
 def about_edges(coverage: Coverage) -> Iterator[Complaint]:
@@ -1934,18 +2038,22 @@ def self_check(picture: Picture, cutout: Cutout) -> SelfCheck:
     """Measure what tells a good cut-out from a bad one."""
     alpha = cutout.alpha
     off_key = np.abs(border_samples(picture.planes) - np.array(cutout.key, np.int16)).max(axis=-1)
+    uniform = float((off_key <= FLAT_BORDER_DISTANCE).mean())
+    border, framed = border_kind(picture, cutout, uniform)
     check = SelfCheck(
         coverage_of(alpha),
-        border_uniform=float((off_key <= FLAT_BORDER_DISTANCE).mean()),
+        border_uniform=uniform,
         border_spread=float(np.percentile(off_key, SPREAD_PERCENTILE)),
-        patterned=is_patterned(picture.planes),
+        border=border,
+        framed=framed,
         residual_spill=spill_level(cutout),
         rim_tint=rim_tint(cutout.planes, alpha, cutout.key),
         key_hued=float(cutout.key_hued.sum() / max(1, np.count_nonzero(alpha))),
         see_through=see_through_share(picture, cutout),
     )
-    found = [*about_key(check, cutout), *about_border(check, cutout)]
-    found += [*about_rim(check.rim_tint, cutout.key), *about_subject(check, cutout)]
+    found = [*about_input(picture), *about_key(check, cutout), *about_border(check, cutout)]
+    found += [*about_brightness(check, cutout), *about_subject(check, cutout)]
+    found += about_rim(check.rim_tint, cutout.key)
     return check._replace(verdict=worst(found), warnings=tuple(each.sentence for each in found))
 
 
@@ -2242,6 +2350,7 @@ def fields_of(outcome: Outcome) -> dict[str, object]:
         "key_color": hex_colour(outcome.key),
         "border_uniform": round(check.border_uniform, 4),
         "border_spread": round(check.border_spread, 1),
+        "border": check.border,
         **coverage_fields(check.coverage),
         "residual_spill": round(check.residual_spill, 2),
         "rim_tint": round(check.rim_tint, 2),
@@ -2344,8 +2453,7 @@ JOBS_AHEAD = 4  # for each worker; few finished pictures wait in memory for a sl
 
 def cut_out(picture: Picture, job: Job) -> Done:
     """Cut one picture out, in memory."""
-    check_border(picture, job)
-    key = key_of(picture.planes, job)
+    key = key_of(picture, job)
     if isinstance(job.method, UnmixMethod):
         cutout = cut_by_unmixing(picture, key, job.method)
     else:

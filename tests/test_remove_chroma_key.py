@@ -15,14 +15,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import remove_chroma_key
-from chroma_oracle import Outcome, cut_out, disc, load, run, save
+from chroma_oracle import (
+    Outcome,
+    Subject,
+    cut_out,
+    disc,
+    flat,
+    grid,
+    load,
+    run,
+    save,
+    supersampled,
+)
 from pages import first_cells
 from PIL import Image, ImageCms
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from chroma_oracle import U8
+    from chroma_oracle import U8, Colour
 
 SCRIPT = Path(remove_chroma_key.__file__)
 GREEN = (0, 255, 0)
@@ -95,6 +106,7 @@ def test_json_tells_an_agent_what_it_must_know(picture: Path, tmp_path: Path) ->
             "key_color": "#00ff00",
             "border_uniform": 1.0,
             "border_spread": 0.0,
+            "border": "flat",
             "transparent": pytest.approx(0.59, abs=0.02),
             "partial": pytest.approx(0.03, abs=0.02),
             "opaque": pytest.approx(0.38, abs=0.02),
@@ -222,6 +234,14 @@ VERDICTS = [
 ]
 
 
+def framed(frame: Colour, ground: Colour, width: int = 6) -> U8:
+    """A disc on a ground that has a frame."""
+    pixels = np.full((160, 160, 3), frame, np.uint8)
+    inner = disc((20, 30, 90), size=160 - 2 * width, radius=30).composite(ground)
+    pixels[width : 160 - width, width : 160 - width] = inner
+    return pixels
+
+
 @pytest.mark.parametrize(("pixels", "flags", "verdict", "sentence"), VERDICTS)
 def test_the_verdict_is_that_of_the_worst_warning(
     pixels: U8, flags: tuple[str, ...], verdict: str, sentence: str | None, tmp_path: Path
@@ -251,14 +271,108 @@ def test_a_subject_that_is_cut_by_the_picture_is_warned_of(tmp_path: Path) -> No
     assert "cut by the bottom" in warned(tmp_path, grey_disc()[:60], *UNMIX)
 
 
-def test_a_cut_out_is_not_cut_out_once_more(picture: Path, tmp_path: Path) -> None:
+BORDERS = [
+    pytest.param(grey_disc(), "flat", "good", id="flat"),
+    pytest.param(checkerboard(), "pattern", "bad", id="checkerboard"),
+    pytest.param(framed((250, 250, 250), GREEN), "frame", "bad", id="green in a white frame"),
+    pytest.param(framed(GREEN, (250, 0, 250)), "frame", "bad", id="magenta in a green frame"),
+    pytest.param(framed(GREEN, (250, 250, 250)), "flat", "good", id="a white card on green"),
+    pytest.param(framed((250, 250, 250), GREEN, 40), "no hue", "look", id="a green card on white"),
+    pytest.param(disc((200, 60, 60)).composite((255, 255, 255)), "no hue", "look", id="white"),
+    pytest.param(
+        disc((240, 240, 240), size=160, radius=60).composite((255, 255, 255)),
+        "no hue",
+        "bad",
+        id="nearly white on white",
+    ),
+    pytest.param(
+        np.random.default_rng(0).integers(0, 256, (60, 60, 3)).astype(np.uint8),
+        "uneven",
+        "bad",
+        id="noise",
+    ),
+]
+
+
+@pytest.mark.parametrize(("pixels", "border", "verdict"), BORDERS)
+def test_the_border_is_called_what_it_is(
+    pixels: U8, border: str, verdict: str, tmp_path: Path
+) -> None:
+    source = save(tmp_path / "in.png", pixels)
+    (record,) = run("--input", source, "--out", tmp_path / "o.png", *UNMIX, "--json").json_lines
+    assert (record["border"], record["verdict"]) == (border, verdict)
+    if border in remove_chroma_key.BORDER_FAULTS:
+        assert (
+            "make the picture again" in record["warnings"][0] or "crop it" in record["warnings"][0]
+        )
+
+
+def test_a_frame_is_named_with_what_it_surrounds(tmp_path: Path) -> None:
+    said = warned(tmp_path, framed((250, 250, 250), GREEN), *UNMIX)
+    assert "the border is a frame of #fafafa around a flat #00ff00; crop it off" in said
+
+
+# ── What is enclosed, and what nobody sees ───────────────────────────────────────────────────────
+
+EYE = np.s_[44:52, 44:52]
+
+
+def ring_of(key: Colour) -> U8:
+    """A black ring with a hole."""
+    rows, columns = grid(96)
+    distance = np.hypot(rows - 48, columns - 48)
+    ring = supersampled(96, (distance < 40) & (distance > 16))
+    return Subject(colour=flat(96, (20, 20, 20)), alpha=ring).composite(key)
+
+
+@pytest.mark.parametrize(
+    ("key", "flags", "kept"),
+    [
+        pytest.param((255, 255, 255), [], True, id="white"),
+        pytest.param((255, 255, 255), ["--enclosed", "remove"], False, id="white, remove"),
+        pytest.param(GREEN, [], False, id="green"),
+        pytest.param(GREEN, ["--enclosed", "auto"], False, id="green, auto"),
+        pytest.param(GREEN, ["--enclosed", "keep"], True, id="green, keep"),
+    ],
+)
+def test_what_the_subject_encloses_is_kept_where_the_key_has_no_hue(
+    key: Colour, flags: list[str], *, kept: bool, tmp_path: Path
+) -> None:
+    pixels = ring_of(key)
+    cut = cut_out(tmp_path, pixels, *UNMIX, *flags)
+    assert np.unique(cut[EYE][..., 3]).tolist() == [255 if kept else 0]
+    rows, columns = grid(96, 1)
+    inside = np.hypot(rows - 48, columns - 48) < 36
+    if kept:
+        assert (cut[inside] == np.dstack([pixels, np.full((96, 96), 255, np.uint8)])[inside]).all()
+    assert cut[0, 0].tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("method", [["--unmix"], ["--soft-matte"], []], ids=str)
+@pytest.mark.parametrize(
+    ("place", "said"), [("border", "its border is"), ("corners", "its corners are")]
+)
+def test_a_cut_out_is_not_cut_out_once_more(
+    place: str, said: str, method: list[str], picture: Path, tmp_path: Path
+) -> None:
     once, twice = tmp_path / "once.png", tmp_path / "twice.png"
     assert run("--input", picture, "--out", once, *UNMIX).exit_code == 0
-    outcome = run("--input", once, "--out", twice, *UNMIX)
+    outcome = run("--input", once, "--out", twice, "--auto-key", place, *method)
     assert outcome.exit_code == 1
-    assert "its border is transparent already" in outcome.errors[0]
+    assert f"{said} transparent already" in outcome.errors[0]
     assert not twice.exists()
-    assert run("--input", once, "--out", twice, "--unmix").exit_code == 0
+    outcome = run("--input", once, "--out", twice, *method)
+    assert outcome.exit_code == 0
+    assert "its border was transparent already" in outcome.warnings[0]
+
+
+def test_the_key_is_measured_where_it_is_seen(tmp_path: Path) -> None:
+    pixels = np.dstack([grey_disc(), np.full((96, 96), 255, np.uint8)])
+    pixels[:40] = (0, 0, 0, 0)  # less than half of the border
+    pixels[90:, 30:66] = (10, 10, 10, 255)  # and with this more than half
+    source = save(tmp_path / "in.png", pixels)
+    outcome = run("--input", source, "--out", tmp_path / "o.png", *UNMIX, "--json")
+    assert outcome.json_lines[0]["key_color"] == "#00ff00"
 
 
 @pytest.mark.parametrize("steps", [3, 8, 15])
@@ -462,6 +576,7 @@ REFUSED = [
     pytest.param(["--key-color", "green"], "give #rrggbb", id="colour name"),
     pytest.param(["--auto-key", "middle"], "choose from", id="auto key"),
     pytest.param(["--subject", "opaque"], "needs --unmix", id="subject alone"),
+    pytest.param(["--enclosed", "keep"], "needs --unmix", id="enclosed alone"),
     pytest.param(["--unmi"], "unrecognized arguments", id="no abbreviations"),
     pytest.param(["--unmix", "--tolerance", "12"], "--tolerance shapes the matte", id="unmix, t"),
     pytest.param(
