@@ -134,6 +134,8 @@ OUTPUT_FORMATS = {".png": "PNG", ".webp": "WEBP"}
 PREVIEW_FORMATS = {**OUTPUT_FORMATS, ".jpg": "JPEG", ".jpeg": "JPEG"}
 DRAWING_FORMATS = {"EPS", "WMF", "EMF"}  # Pillow would start Ghostscript for the first
 EXIF_ORIENTATION = 0x0112
+INSTALL = "python -m pip install"
+PACKAGES = {"numpy": ("numpy", "1.26"), "PIL.Image": ("pillow", "11.0")}  # as in the block above
 
 # ── 2 · Words and failures ────────────────────────────────────────────────────────────────────────
 
@@ -668,13 +670,25 @@ def check_files(jobs: Sequence[Job]) -> Iterator[str]:
             yield from check_preview(job, job.preview)
 
 
+def numbers_of(version: str) -> list[int]:
+    """Return the first two numbers of a version, which compare as versions do."""
+    return [int(number) for number in re.findall("[0-9]+", version)[:2]]
+
+
 def check_packages() -> Iterator[str]:
-    """Load the packages, before any worker process needs them, or name one that is not there."""
-    try:
-        for name in ("numpy", "PIL.Image"):
-            importlib.import_module(name)
-    except ModuleNotFoundError as missing:
-        yield f"{missing.name} is not installed; run: python -m pip install pillow numpy"
+    """Load the packages, before any worker process needs them, or name what is amiss."""
+    for module, (package, least) in PACKAGES.items():
+        try:
+            importlib.import_module(module)
+            version: str = sys.modules[module.partition(".")[0]].__version__
+        except ModuleNotFoundError as missing:
+            yield f"{missing.name} is not installed; run: {INSTALL} pillow numpy"
+        except ImportError as damage:
+            yield f"{package} cannot be loaded ({damage}); run: {INSTALL} --force-reinstall {package}"
+        else:
+            if numbers_of(version) < numbers_of(least):
+                needed = f"{package} is {version}, and {least} or newer is needed"
+                yield f"{needed}; run: {INSTALL} '{package}>={least}'"
 
 
 def refuse(problems: Iterable[str]) -> None:
@@ -2395,7 +2409,7 @@ class Report:
         for line in [as_json(fields_of(outcome))] if self.as_json else text_lines(outcome):
             if problem := put(line):
                 self.exit_code = 1
-                say(f"Error: {problem}; the pictures are written all the same")
+                say(f"Error: {problem}; the work is done all the same")
 
 
 # ── 17 · Signals ──────────────────────────────────────────────────────────────────────────────────
@@ -2505,7 +2519,9 @@ def work(link: connection.Connection) -> None:
     for number in ending_signals():
         signal.signal(number, signal.SIG_IGN)
     if program := multiprocessing.parent_process():
-        threading.Thread(target=end_with, args=(program.sentinel,), daemon=True).start()
+        watch = threading.Thread(target=end_with, args=(program.sentinel,), daemon=True)
+        with contextlib.suppress(RuntimeError):  # no more threads; the link ends, too
+            watch.start()
     with contextlib.suppress(OSError):  # the program went away while this was sent
         while True:
             link.send(outcome_of(link.recv()))
@@ -2518,19 +2534,20 @@ class Workers:
         self.jobs, self.number = jobs, number
         self.upcoming = collections.deque(range(len(jobs)))
         self.processes: list[BaseProcess] = []
+        self.idle: list[connection.Connection] = []
         self.busy: dict[connection.Connection, int] = {}
         self.finished: dict[int, Outcome] = {}
-        self.idle: list[connection.Connection] = []
 
-    def start(self) -> connection.Connection:
-        """Start a worker, and return the link to it."""
-        ours, theirs = multiprocessing.Pipe()
-        process = multiprocessing.Process(target=work, args=(theirs,), daemon=True)
-        with signals_held():
-            process.start()
-        theirs.close()  # so that the link ends with the worker
-        self.processes.append(process)
-        return ours
+    def start(self) -> None:
+        """Start a worker, if the system has room for one."""
+        with contextlib.suppress(OSError):
+            ours, theirs = multiprocessing.Pipe()
+            process = multiprocessing.Process(target=work, args=(theirs,), daemon=True)
+            with signals_held():
+                process.start()
+            theirs.close()  # so that the link ends with the worker
+            self.processes.append(process)
+            self.idle.append(ours)
 
     def hand_out(self, limit: int) -> None:
         """Give every idle worker a job that is below the limit."""
@@ -2551,17 +2568,21 @@ class Workers:
             except (EOFError, OSError):
                 reason = "its worker process died (out of memory?)"
                 self.finished[turn] = Failed(self.jobs[turn], reason)
-                self.idle.append(self.start())
+                self.start()
 
     def outcomes(self) -> Iterator[Outcome]:
         """Yield the outcomes in the order of the jobs."""
-        self.idle = [self.start() for _ in range(self.number)]
-        for turn in range(len(self.jobs)):
+        for _ in range(self.number):
+            self.start()
+        for turn, job in enumerate(self.jobs):
             limit = turn + JOBS_AHEAD * self.number
             self.hand_out(limit)
-            while turn not in self.finished:
+            while turn not in self.finished and self.busy:
                 self.collect()
                 self.hand_out(limit)
+            if turn not in self.finished:  # there is no worker
+                self.upcoming.popleft()
+                self.finished[turn] = outcome_of(job)
             yield self.finished.pop(turn)
 
     def end(self) -> None:

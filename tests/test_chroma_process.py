@@ -37,6 +37,18 @@ def shell(script: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def script(*argv: str) -> subprocess.CompletedProcess[str]:
+    """Run a script that loads the tool."""
+    return subprocess.run(
+        [sys.executable, *argv],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE,
+        env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)},
+    )
+
+
 @pytest.fixture(autouse=True)
 def picture() -> Path:
     """A grey disc on green, in the current directory."""
@@ -59,7 +71,7 @@ CUT = "$RUN --input disc.png --out o.png --auto-key border --unmix"
         pytest.param(
             f"{CUT} >/dev/full",
             1,
-            [f"Error: {FULL}; the pictures are written all the same"],
+            [f"Error: {FULL}; the work is done all the same"],
             id="stdout full",
         ),
     ],
@@ -243,18 +255,33 @@ def test_a_worker_that_dies_costs_its_own_picture_alone(picture: Path) -> None:
     for name in names:
         os.link(picture, name)
     Path("deadly.py").write_text(DEADLY)
-    done = subprocess.run(
-        [sys.executable, "deadly.py", "--input", *names, "--out-dir", "cut", "--unmix", "--json"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=PATIENCE,
-        env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)},
-    )
+    done = script("deadly.py", "--input", *names, "--out-dir", "cut", "--unmix", "--json")
     assert done.returncode == 1
     assert done.stderr == "Error: b.png: its worker process died (out of memory?)\n"
     assert [json.loads(line)["input"] for line in done.stdout.splitlines()] == names
     assert sorted(os.listdir("cut")) == ["a.png", "c.png", "d.png", "e.png"]
+
+
+NO_PROCESSES = """
+import os, sys
+import remove_chroma_key as tool
+def refuse(*_):
+    raise BlockingIOError(11, "Resource temporarily unavailable")
+tool.multiprocessing.Process.start = refuse
+os.sched_getaffinity = lambda _: {0, 1}
+if __name__ == "__main__":
+    sys.exit(tool.main())
+"""
+
+
+def test_without_room_for_workers_the_program_works_alone(picture: Path) -> None:
+    names = ["a.png", "b.png", "c.png"]
+    for name in names:
+        os.link(picture, name)
+    Path("alone.py").write_text(NO_PROCESSES)
+    done = script("alone.py", "--input", *names, "--out-dir", "cut", "--unmix")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(os.listdir("cut")) == names
 
 
 # ── Names ────────────────────────────────────────────────────────────────────────────────────────

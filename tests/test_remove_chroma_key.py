@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -705,6 +706,37 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
     assert outcome.errors == [
         "Error: numpy is not installed; run: python -m pip install pillow numpy"
     ]
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        pytest.param("__version__ = '1.24.4'", "numpy is 1.24.4, and 1.26 or newer is", id="old"),
+        pytest.param("raise ImportError('no libblas')", "numpy cannot be loaded (no lib", id="bad"),
+    ],
+)
+def test_a_package_that_cannot_do_the_work_is_refused(code: str, said: str, picture: Path) -> None:
+    Path("numpy.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--input", str(picture), "--out", "o.png"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": "."},
+    )
+    assert done.returncode == 2
+    assert f"Error: {said}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_oldest_versions_are_those_that_the_script_declares() -> None:
+    block = re.search(r"^# dependencies = (\[.*\])$", SCRIPT.read_text(), re.MULTILINE)
+    assert block
+    declared = dict(word.split(">=") for word in json.loads(block[1]))
+    numbers = remove_chroma_key.numbers_of
+    for package, least in remove_chroma_key.PACKAGES.values():
+        assert numbers(f"{declared[package]}.0") == numbers(least)
 
 
 @pytest.mark.parametrize(
