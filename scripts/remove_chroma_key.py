@@ -684,7 +684,8 @@ def check_packages() -> Iterator[str]:
         except ModuleNotFoundError as missing:
             yield f"{missing.name} is not installed; run: {INSTALL} pillow numpy"
         except ImportError as damage:
-            yield f"{package} cannot be loaded ({damage}); run: {INSTALL} --force-reinstall {package}"
+            remedy = f"run: {INSTALL} --force-reinstall {package}"
+            yield f"{package} cannot be loaded ({damage}); {remedy}"
         else:
             if numbers_of(version) < numbers_of(least):
                 needed = f"{package} is {version}, and {least} or newer is needed"
