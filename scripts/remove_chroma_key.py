@@ -33,7 +33,9 @@ The file, from top to bottom; a section uses only what stands above it:
    10f the others                      coloured light, and edges
    10g all of it
    11  edge                            contract and feather
-   12  self-check                      a new warning is a sentence of a generator
+   12  self-check
+   12a measures                        a new one is a field of a record in 3, too
+   12b complaints                      a new warning is a sentence of a generator
    13  inspection                      of pictures that should be transparent already
    14  preview                         the cut-out on four grounds, and its edge enlarged
    15  write
@@ -1794,6 +1796,8 @@ def contract_and_feather(cutout: Cutout, job: Job) -> Cutout:
 # cut-outs were looked at, and on the same pictures cut out badly on purpose: as glass, by an older
 # version that left veils, and by the plain mattes.
 
+# ── 12a · Measures ────────────────────────────────────────────────────────────────────────────────
+
 FLAT_BORDER_DISTANCE = 40  # levels from the key; of the composites' borders 99 % are within 10
 FLAT_BORDER_SHARE = 0.6  # the rest may be a subject that leaves the picture; composites have 1
 SPREAD_PERCENTILE = 90  # for the report alone
@@ -1904,9 +1908,6 @@ def is_patterned(planes: Planes) -> bool:
     return bool(step > PATTERN_LEVELS and np.count_nonzero(np.diff(is_light)) >= PATTERN_TURNS)
 
 
-CUT_OUT = "cut it out with --auto-key border --unmix"
-
-
 def colour_in_frame(planes: Planes, alpha: U8) -> Colour | None:
     """Find the flat colour with a hue that fills the picture up to a narrow straight frame."""
     visible = alpha >= SOLID_ALPHA
@@ -1927,6 +1928,11 @@ def colour_in_frame(planes: Planes, alpha: U8) -> Colour | None:
         return None
     red, green, blue = np.rint(colour).astype(int).tolist()
     return red, green, blue
+
+
+# ── 12b · Complaints ──────────────────────────────────────────────────────────────────────────────
+
+CUT_OUT = "cut it out with --auto-key border --unmix"
 
 
 class Complaint(NamedTuple):
@@ -2140,12 +2146,11 @@ def about_leftovers(check: AlphaCheck) -> Iterator[Complaint]:
 def alpha_check(picture: Picture) -> AlphaCheck:
     """Judge a picture that should be transparent already."""
     alpha = np.full_like(picture.planes[0], 255) if picture.alpha is None else picture.alpha
-    border = border_samples((alpha,) * 3)
     key, level = key_left_in(picture, alpha)
     check = AlphaCheck(
         coverage_of(alpha),
         has_alpha=picture.alpha is not None,
-        patterned=bool(np.median(border)) and is_patterned(picture.planes),
+        patterned=not is_unseen(alpha, border_samples) and is_patterned(picture.planes),
         haze=haze_share(alpha),
         key_left=key,
         rim_tint=level,
