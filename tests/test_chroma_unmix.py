@@ -428,6 +428,7 @@ def test_dilating_a_mask_is_growing_every_pixel_to_a_square(seed: int, reach: in
             ("--unmix", "--key-color", "#808080"),
             ("--unmix", "--key-color", "#123456", "--subject", "translucent"),
             (*UNMIX, "--subject", "opaque", "--edge-contract", "2", "--edge-feather", "1.5"),
+            (*UNMIX, "--enclosed", "keep"),
             ("--auto-key", "corners", "--soft-matte", "--despill"),
         ]
     ),
@@ -437,7 +438,7 @@ def test_any_size_and_mode_gives_a_picture_of_that_size_without_colour_under_alp
 ) -> None:
     random = np.random.default_rng(seed)
     pixels = np.where(
-        random.random((height, width, 1)) < 0.5, (0, 255, 0, 255), random.integers(0, 256, 4)
+        random.random((height, width, 1)) < 0.5, (0, 255, 0, 255), random.integers(1, 256, 4)
     ).astype(np.uint8)
     image = Image.fromarray(pixels)
     if mode in {"CMYK", "YCbCr", "F", "I;16"}:
@@ -450,9 +451,13 @@ def test_any_size_and_mode_gives_a_picture_of_that_size_without_colour_under_alp
         assert outcome.exit_code == 0, outcome.stderr
         cut = load(target)
         report = json.loads(outcome.stdout)
+        (looked_at,) = run("--inspect", target, "--json").json_lines
     assert cut.shape == (height, width, 4)
     assert (report["width"], report["height"]) == (width, height)
     assert not cut[cut[..., 3] == 0].any()
+    shares = ("width", "height", "transparent", "partial", "opaque", "corners_transparent")
+    assert {key: looked_at[key] for key in shares} == {key: report[key] for key in shares}
+    assert {looked_at["verdict"], report["verdict"]} <= {"good", "look", "bad"}
 
 
 def test_a_subject_without_any_background_is_left_as_it_is(tmp_path: Path) -> None:
