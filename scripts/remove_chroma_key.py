@@ -273,6 +273,7 @@ class SelfCheck(NamedTuple):
     framed: Colour | None
     residual_spill: float
     rim_tint: float
+    opaque_key: float
     key_hued: float
     see_through: float
     verdict: str = VERDICTS[0]
@@ -1805,6 +1806,7 @@ LEAST_SHARE = 0.002  # less removed or left is nothing; composites have at least
 SPILL_LIMIT = 4  # levels; good ones have up to 2.4
 RIM_WIDTH, RIM_INSIDE = 2, (4, 8)  # pixels from the background: the rim, and what is behind it
 RIM_LIMIT, RIM_BAD = 16, 40  # levels; good ones have up to 10, hard mattes from 58
+NEAR_KEY, OPAQUE_KEY_SHARE = 48, 0.0005  # levels from it; no good one has any, a hard matte 0.003
 HUE_REACH = 8  # pixels from an opaque area in the key's hue, where edges are so by right
 KEY_HUED_SHARE = 0.05  # of what is visible; good ones with areas of several parts have up to 0.04
 CRISP_PART, CRISP_PARTIAL = 0.9, 0.25  # one area is that much of them, with so few partial pixels
@@ -1849,6 +1851,14 @@ def spill_level(cutout: Cutout) -> float:
     partial_planes = tuple(plane.reshape(-1)[partly] for plane in cutout.planes)
     tint = key_tint(partial_planes, cutout.key)
     return float((tint * (alpha.reshape(-1)[partly] / 255.0)).sum() / max(1, partly.size))
+
+
+def opaque_key_share(cutout: Cutout) -> float:
+    """Share of the visible pixels that are as good as opaque, and of the key colour."""
+    if not hue_pairs(np.array(cutout.key, np.float32)):  # white eyes are kept on white
+        return 0.0
+    left = (cutout.alpha >= SOLID_ALPHA) & (key_distance(cutout.planes, cutout.key) <= NEAR_KEY)
+    return float(left.sum() / max(1, np.count_nonzero(cutout.alpha)))
 
 
 def see_through_share(picture: Picture, cutout: Cutout) -> float:
@@ -2041,6 +2051,9 @@ def about_subject(check: SelfCheck, cutout: Cutout) -> Iterator[Complaint]:
     if check.residual_spill > SPILL_LIMIT:
         what = f"{check.residual_spill:.0f} levels of {key} shine through the edges"
         yield Complaint("look", f"{what}; use --unmix, or {again}")
+    if check.opaque_key > OPAQUE_KEY_SHARE:
+        what = f"{check.opaque_key:.2%} of what is left is opaque and nearly {key}"
+        yield Complaint("look", f"{what}; if it is background, use --unmix, or {again}")
     if check.see_through > SEE_THROUGH_SHARE:
         what = f"{check.see_through:.0%} of the subject is see-through away from its edges"
         no_glass = "if it is no glass, glow or shadow, use --unmix with --subject opaque"
@@ -2069,6 +2082,7 @@ def self_check(picture: Picture, cutout: Cutout) -> SelfCheck:
         framed=framed,
         residual_spill=spill_level(cutout),
         rim_tint=rim_tint(cutout.planes, alpha, cutout.key),
+        opaque_key=opaque_key_share(cutout),
         key_hued=float(cutout.key_hued.sum() / max(1, np.count_nonzero(alpha))),
         see_through=see_through_share(picture, cutout),
     )
@@ -2374,6 +2388,7 @@ def fields_of(outcome: Outcome) -> dict[str, object]:
         **coverage_fields(check.coverage),
         "residual_spill": round(check.residual_spill, 2),
         "rim_tint": round(check.rim_tint, 2),
+        "opaque_key": round(check.opaque_key, 4),
         "key_hued": round(check.key_hued, 4),
         "see_through": round(check.see_through, 4),
         **check_fields(check),

@@ -114,6 +114,7 @@ def test_json_tells_an_agent_what_it_must_know(picture: Path, tmp_path: Path) ->
             "corners_transparent": 4,
             "residual_spill": pytest.approx(0, abs=1),
             "rim_tint": pytest.approx(0, abs=1),
+            "opaque_key": 0.0,
             "key_hued": 0.0,
             "see_through": 0.0,
             "touches_border": [],
@@ -211,6 +212,14 @@ def rimmed() -> U8:
     return pixels
 
 
+def pocketed() -> U8:
+    """A grey square around a piece of background that is off the key."""
+    pixels = np.full((96, 96, 3), GREEN, np.uint8)
+    pixels[20:76, 20:76] = (120, 110, 100)
+    pixels[40:50, 40:55] = (24, 231, 20)
+    return pixels
+
+
 def checkerboard(light: int = 255, dark: int = 228, side: int = 12) -> U8:
     """A disc on a checkerboard that is painted."""
     truth = disc((120, 60, 40), size=192, radius=60)
@@ -227,6 +236,7 @@ VERDICTS = [
     ),
     pytest.param(cornered(), UNMIX, "look", "only 3 of the four corners", id="corner"),
     pytest.param(rimmed(), ("--soft-matte",), "look", "levels of #00ff00 shine", id="spill"),
+    pytest.param(pocketed(), (), "look", "4.78% of what is left is opaque and nearly", id="pocket"),
     pytest.param(grey_disc()[:60], UNMIX, "look", "cut by the bottom", id="cut"),
     pytest.param(checkerboard(), UNMIX, "bad", "a pattern of two tones", id="checkerboard"),
     pytest.param(grey_disc(), (), "bad", "levels more of #00ff00", id="rim"),
