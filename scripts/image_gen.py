@@ -138,6 +138,7 @@ if TYPE_CHECKING:
     Origin: TypeAlias = Literal["new", "made", "unknown", "changed"]
     Status: TypeAlias = Literal["done", "skipped", "stale", "submitted", "not_sent", "failed"]
     Action: TypeAlias = Literal["retry", "wait", "fail", "stop model", "stop run"]
+    Slot: TypeAlias = tuple[int, str]
     OnDraft: TypeAlias = Callable[[object], Awaitable[None]]
     T = TypeVar("T")
 else:
@@ -426,12 +427,12 @@ class Failure(NamedTuple):
     code: str | None = None
     retryable: bool = False
     maybe_billed: bool = False
+    behind: str = ""  # the kind of failure for which this job was not done
 
     @property
     def cause(self) -> str:
-        """The kind of failure that is behind it."""
-        behind = self.code if self.kind in ("fail_fast", "submitted") else None
-        return behind or self.kind
+        """What kind of failure has to be mended."""
+        return self.behind or self.kind
 
 
 class JobError(ImageGenError):
@@ -562,6 +563,7 @@ class Output(NamedTuple):
     source: str = ""  # it is there under this path, and gets its own
     stale: str = ""  # what else the image under its name was made from
     archive: str = ""  # the new name of that image when it is made again
+    needed: bool = False  # the archived image belongs to another job
     replace: bool = False  # whatever stands under the name
     mend: bool = False  # an empty or cut-off file under the name, if it still is
     replace_copy: bool = False  # whatever stands under the copy's name
@@ -602,6 +604,7 @@ class Entry(NamedTuple):
     asked: Mapping[str, Any]  # what it is the digest of
     prompt: str  # as the user wrote it
     model: str
+    image: str = ""  # names the image, however many files have it
     sha256: str = ""
     bytes: int = 0
     mtime: int = 0  # nanoseconds
@@ -609,8 +612,13 @@ class Entry(NamedTuple):
     usage: Mapping[str, Any] | None = None  # of the whole answer, beside its first image
     time: str = ""
     temporary: str = ""  # the file's name until it has got its own
-    kept: bool = False  # another has taken its place: no job looks for it
+    kept: bool = False  # it has another file, or another image its place: no job looks for it
     void: bool = False  # the line before is not so: the name was taken
+
+    def under(self, name: str, temporary: str) -> Entry:
+        """Return the entry of the image for a name that it is about to get."""
+        name, temporary = map(os.path.basename, (name, temporary))
+        return self._replace(name=name, temporary=temporary)
 
 
 class Plan(NamedTuple):
@@ -1267,7 +1275,7 @@ def read_batch(arguments: Arguments) -> tuple[list[Job], list[tuple[int, str]]]:
     if not lines:
         raise UsageError(f"--input {source} holds no job; write one a line")
     most = MAX_BATCH_API_JOBS if arguments.batch_api else MAX_JOBS
-    if len(lines) > most:
+    if len(lines) > most and arguments.options.only is None:
         hint = "" if arguments.batch_api else f"; --batch-api takes {MAX_BATCH_API_JOBS:,}"
         raise UsageError(f"--input {source} holds {len(lines):,} jobs; accepted are {most:,}{hint}")
     jobs = []
@@ -1577,7 +1585,7 @@ def find_missing(job: Job, options: RunOptions, claims: Claims | None) -> Job:
     for planned in job.outputs:
         output = planned
         if claims is not None and options.existing == "refuse":  # also what has moved
-            path = claims.paths.get(planned.planned, planned.path)
+            path = claims.paths.get((job.number, planned.planned), planned.path)
             output = output_at(path, planned.planned, job, options)
         elif claims is not None:
             output = claims.find(job, planned, options)
@@ -1603,6 +1611,7 @@ def find_missing(job: Job, options: RunOptions, claims: Claims | None) -> Job:
 # automatic name gives way, or it is stale, and stays until --remake.
 
 DIGEST_VERSION = 1
+TEMPORARY_NAME = r"(\.image_gen-[0-9a-f]+\.tmp)?"
 UNDIGESTED = ("n", "stream", "partial_images", "safety_identifier")  # they change no image
 
 
@@ -1616,7 +1625,7 @@ def digest_of_content(name: str, *_state: int) -> str:
 def file_digest(name: str) -> str:
     """Return the SHA-256 of a file. Raises OSError, also for what is none."""
     found = os.stat(name)
-    if not os.path.isfile(name):
+    if not stat.S_ISREG(found.st_mode):
         raise OSError(f"{name} is no file")
     state = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
     return digest_of_content(os.path.abspath(name), *state)
@@ -1648,14 +1657,16 @@ def read_entry(line: bytes) -> Entry | None:
     with suppress(ValueError, TypeError, RecursionError):
         fields = mapping(json.loads(line))
         entry = Entry(**{key: fields[key] for key in Entry._fields if key in fields})
-        names = (entry.name, entry.temporary)
+        texts = (entry.name, entry.temporary, entry.prompt, entry.sha256, entry.image)
         numbers = (entry.bytes, entry.mtime)
         if (
-            all(isinstance(text, str) for text in (*names, entry.prompt, entry.sha256))
+            all(isinstance(text, str) for text in texts)
             and all(isinstance(number, int) for number in numbers)
             and isinstance(entry.asked, dict)
             and str(entry.digest).startswith(f"{DIGEST_VERSION}-")
-            and all(name.isprintable() and os.path.basename(name) == name for name in names)
+            and entry.name.isprintable()
+            and os.path.basename(entry.name) == entry.name
+            and re.fullmatch(TEMPORARY_NAME, entry.temporary)
         ):
             return entry
     return None
@@ -1692,7 +1703,7 @@ def difference(entry: Entry, job: Job) -> str:
     """Say in which of its parts an image was made from another request than that of a job."""
     keys = dict.fromkeys((*job.asked, *entry.asked))
     other = [key for key in keys if entry.asked.get(key) != job.asked.get(key)]
-    return listing(key for key in other if key != "endpoint") or "request"
+    return listing(key for key in other if key != "endpoint") or "line"
 
 
 def stale_sentence(stale: Sequence[Output]) -> str:
@@ -1713,7 +1724,10 @@ def stale_sentence(stale: Sequence[Output]) -> str:
 
 
 class Claims:
-    """Which images of a folder belong to which jobs; each of them belongs to one at most."""
+    """Which images of a folder belong to which slots of jobs; each of them to one at most.
+
+    A slot is a job's number and the path that was planned for an image of it.
+    """
 
     def __init__(self, jobs: Sequence[Job], entries: Mapping[str, Entry], folder: str) -> None:
         self.entries = entries
@@ -1723,28 +1737,44 @@ class Claims:
             for name, entry in entries.items()
             if (origin := origin_of(self.folder, entry))
         }
-        planned = [(output.planned, job.digest) for job in jobs for output in job.outputs]
-        self.reserved = {path for path, _ in planned}
-        self.paths = self.claim(planned)
-        self.taken = frozenset(self.paths.values())
+        self.reserved = {output.planned for job in jobs for output in job.outputs}
+        self.owners: dict[str, Slot] = {}  # of the images, by their ids
+        self.paths: dict[Slot, str] = {}  # of the images that are there
+        self.claim(jobs)
 
-    def claim(self, planned: Sequence[tuple[str, str]]) -> dict[str, str]:
-        """Return the paths of the images that are there, by the paths that were planned."""
-        free = dict(self.origins)
-        paths = {}
-        for path, digest in planned:
-            name = os.path.basename(path)
-            if name in free and self.entries[name].digest == digest:
-                paths[path] = path
-                del free[name]
+    def claim(self, jobs: Sequence[Job]) -> None:
+        """Give each image to one slot, and each slot one image at most."""
+        slots = [((job.number, output.planned), job) for job in jobs for output in job.outputs]
         spare: dict[str, list[str]] = {}
-        for name in free:
+        for slot, job in sorted(slots, key=lambda item: self.is_kept(item[0])):
+            self.take(slot, job, os.path.basename(slot[1]))
+        for name in self.origins:
             if not self.entries[name].kept:
                 spare.setdefault(self.entries[name].digest, []).append(name)
-        for path, digest in planned:
-            if path not in paths and spare.get(digest):
-                paths[path] = os.path.join(self.folder, spare[digest].pop(0))
-        return paths
+        for slot, job in slots:
+            names = spare.get(job.digest, [])
+            while slot not in self.paths and names:
+                self.take(slot, job, names.pop(0))
+
+    def is_kept(self, slot: Slot) -> bool:
+        """Tell whether what lies under a slot's name has its place elsewhere."""
+        entry = self.entries.get(os.path.basename(slot[1]))
+        return entry is not None and entry.kept
+
+    def image_of(self, name: str) -> str:
+        """Return what names the image of a file."""
+        return self.entries[name].image or name
+
+    def take(self, slot: Slot, job: Job, name: str) -> None:
+        """Give a slot an image, if it is there, is of its request, and nobody's so far."""
+        fits = name in self.origins and self.entries[name].digest == job.digest
+        if fits and self.owners.setdefault(self.image_of(name), slot) == slot:
+            self.paths[slot] = os.path.join(self.folder, name)
+
+    def is_anothers(self, slot: Slot) -> bool:
+        """Tell whether the image under a slot's name belongs to another one."""
+        name = os.path.basename(slot[1])
+        return name in self.origins and self.owners.get(self.image_of(name), slot) != slot
 
     def free(self, names: Iterable[str], content_of: str | None = None) -> str:
         """Return the first name that is no file's or job's, or has the content of another one."""
@@ -1765,13 +1795,15 @@ class Claims:
 
     def find(self, job: Job, output: Output, options: RunOptions) -> Output:
         """Say where an image of a job is, or where it will be, and what stands there now."""
-        planned, claimed = output.planned, self.paths.get(output.planned)
+        slot = job.number, output.planned
+        planned, claimed = output.planned, self.paths.get(slot)
         path = planned
         if claimed and (job.automatic or claimed == planned):
             path = claimed
-        elif job.automatic and planned in self.taken:  # it belongs to another job
+        elif job.automatic and self.is_anothers(slot):
             path = self.free(free_names(planned))
-        output = output_at(path, planned, job, options)
+        needed = path == planned and self.is_anothers(slot)
+        output = output_at(path, planned, job, options)._replace(needed=needed)
         origin = self.origins.get(os.path.basename(claimed)) if claimed else None
         if options.remake and options.only is not None:  # also what is not stale
             return output._replace(archive=self.archive(path))
@@ -1797,16 +1829,16 @@ class Claims:
         return output._replace(stale=difference(entry, job), origin=None)
 
 
-def select_jobs(jobs: Sequence[Job], only: str, paths: Mapping[str, str]) -> set[int]:
+def select_jobs(jobs: Sequence[Job], only: str, paths: Mapping[Slot, str]) -> set[int]:
     """Return the numbers of the jobs that --only means: by number, range, or name of an image.
 
     Paths says where images are that do not lie where they were planned. Raises a UsageError for
     what means no job.
     """
-    slots = [(output.planned, job.number) for job in jobs for output in job.outputs]
+    slots = [(job.number, output.planned) for job in jobs for output in job.outputs]
     named = {job.name or "": job.number for job in jobs}
-    named |= {os.path.basename(path): number for path, number in slots}
-    named |= {os.path.basename(paths[path]): number for path, number in slots if path in paths}
+    named |= {os.path.basename(path): number for number, path in slots}
+    named |= {os.path.basename(path): number for (number, _), path in paths.items()}
     chosen: set[int] = set()
     for part in [only] if only in named else map(str.strip, only.split(",")):
         span = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part)
@@ -2144,8 +2176,10 @@ def targets(plan: Plan) -> Iterator[Target]:
         for output in job.outputs:
             replace = output.replace or output.mend or bool(output.archive)
             replace = replace or output not in job.missing
-            moved = output.path != output.planned
-            yield Target(job.line, output.path, replace, f"{job.where}the image", "image", moved)
+            moved = output.path != output.planned and (output.origin or plan.existing == "refuse")
+            yield Target(
+                job.line, output.path, replace, f"{job.where}the image", "image", bool(moved)
+            )
             if output.archive:
                 former = f"{job.where}the former image"
                 yield Target(job.line, output.archive, replace=True, what=former)
@@ -2218,13 +2252,14 @@ def check_outputs(plan: Plan) -> Iterator[tuple[int, str]]:
         key = same_file(name)
         if key in inputs:
             yield line, f"{name} is an input image; it cannot be written as well"
-        elif key in taken:
+        elif key in taken and not target.moved:
             yield line, f"{name} would be written twice: as {what} and as {taken[key]}"
         elif is_in_the_way(target, plan):
             in_the_way.append(target)
         else:
             yield from ((line, finding) for finding in check_target(target, plan))
-        taken.setdefault(key, what)
+        if not target.moved:
+            taken.setdefault(key, what)
         folders.setdefault(os.path.dirname(name), line)
     yield from check_in_the_way(in_the_way)
     for folder, line in folders.items():
@@ -3494,16 +3529,14 @@ class Note(NamedTuple):
     """What a manifest will say of an image once it is on disk."""
 
     manifest: Manifest
-    entry: Entry  # where its content is known, that of the image it was
+    entry: Entry  # but for its name and content
 
     def entry_for(self, file: str, name: str) -> Entry:
         """Return the entry of an image that is, or will be, under a name."""
-        entry = self.entry
-        if not entry.sha256:
-            found, sha256 = os.stat(file), file_digest(file)
-            entry = entry._replace(sha256=sha256, bytes=found.st_size, mtime=found.st_mtime_ns)
-        own, other = os.path.basename(name), os.path.basename(file)
-        return entry._replace(name=own, temporary=other, time=entry.time or now())
+        found, sha256 = os.stat(file), file_digest(file)
+        entry = self.entry._replace(image=os.urandom(6).hex(), time=now(), sha256=sha256)
+        entry = entry._replace(bytes=found.st_size, mtime=found.st_mtime_ns)
+        return entry.under(name, file)
 
     @contextmanager
     def written(self, temporary: str, name: str) -> Iterator[None]:
@@ -3550,11 +3583,29 @@ def settle(
     raise AssertionError("names are endless")
 
 
-def keep_former(path: str, archive: str, former: Entry | None, manifest: Manifest) -> None:
-    """Keep an image that another is about to take the place of, under a name for old ones."""
-    note = former and Note(manifest, former._replace(kept=True, usage=None))
-    with linked(path) as second:
-        settle(second, chain([archive], old_names(path)), reuse=True, note=note)
+def take_over(moves: Sequence[tuple[Output, str, Entry]], manifest: Manifest) -> None:
+    """Give temporary files their names; what stands there is kept by a name for old ones.
+
+    Names may change places, and a run may be killed at any point. So each step is done for all of
+    them before the next: all links, all lines, all names. Raises OSError.
+    """
+    with ExitStack() as stack:
+        archives: list[tuple[Output, str]] = []
+        lines: list[Entry] = []
+        for output, _, _ in moves:
+            if output.archive and os.path.exists(output.path):
+                second = stack.enter_context(linked(output.path))
+                archives.append((output, second))
+                if former := manifest.entry_of(output.path):
+                    kept = former._replace(kept=not output.needed, usage=None)
+                    lines.append(kept.under(output.archive, second))
+        for output, temporary, entry in moves:
+            lines.append(entry._replace(kept=False).under(output.path, temporary))
+        manifest.append(*lines)
+        for output, second in archives:
+            settle(second, chain([output.archive], old_names(output.path)), reuse=True)
+        for output, temporary, _ in moves:
+            (os.replace if output.archive else place)(temporary, output.path)
 
 
 def finish_images(manifest: Manifest) -> None:
@@ -3566,8 +3617,10 @@ def finish_images(manifest: Manifest) -> None:
             os.path.join(manifest.folder, name) for name in (entry.temporary, entry.name)
         )
         if entry.temporary in left and file_digest(temporary) == entry.sha256:
-            if os.path.lexists(path) and not same_content(temporary, path):
-                keep_former(path, next(old_names(path)), None, manifest)
+            foreign = os.path.exists(path) and os.path.getsize(path) > 0
+            if foreign and not same_content(temporary, path):
+                with linked(path) as second:
+                    settle(second, old_names(path), reuse=True)
             os.replace(temporary, path)
             remove_files([temporary])  # where both are one file, as links are
             sync_folder(manifest.folder)
@@ -3576,34 +3629,18 @@ def finish_images(manifest: Manifest) -> None:
 def adopt_images(plan: Plan, manifest: Manifest) -> None:
     """Link images that lie under other names to those that their jobs ask for. Raises OSError."""
     outputs = [output for job in plan.jobs for output in job.outputs]
-    # Names may change places: each step is done for all of them before the next.
     with ExitStack() as stack:
         moves = [
             (output, stack.enter_context(linked(output.source)), entry._replace(usage=None))
             for output in outputs
             if output.origin and (entry := manifest.entry_of(output.source))
         ]
-        if not moves:
-            return
-        for output, _, _ in moves:
-            if output.archive:
-                former = manifest.entry_of(output.path)
-                keep_former(output.path, output.archive, former, manifest)
-        names = {os.path.basename(output.path) for output, _, _ in moves}
-        manifest.append(
-            *(
-                entry._replace(
-                    name=os.path.basename(output.path),
-                    temporary=os.path.basename(second),
-                    kept=False,
-                )
-                for output, second, entry in moves
-            ),
-            *(entry._replace(kept=True) for _, _, entry in moves if entry.name not in names),
-        )
-        for output, second, _ in moves:
-            (os.replace if output.archive else place)(second, output.path)
-    sync_folder(manifest.folder)
+        if moves:
+            take_over(moves, manifest)
+            given = {os.path.basename(output.path) for output, _, _ in moves}
+            left = [entry for _, _, entry in moves if entry.name not in given]
+            manifest.append(*(entry._replace(kept=True) for entry in left))
+            sync_folder(manifest.folder)
 
 
 def write_file(name: str, content: bytes, *, replace: bool, sync: bool = False) -> str:
@@ -3681,8 +3718,8 @@ def give_name(
         return settle(temporary, names, reuse=True, note=note)
     replace = output.replace or (output.mend and is_remnant(path, request.output_format))
     if note and output.archive and os.path.exists(path):
-        keep_former(path, output.archive, note.manifest.entry_of(path), note.manifest)
-        replace = True
+        take_over([(output, temporary, note.entry_for(temporary, path))], note.manifest)
+        return path
     return settle(temporary, names, replace=replace, reuse=reuse, note=note)
 
 
@@ -3934,6 +3971,9 @@ def tell(line: str) -> None:
     write_stderr("".join(shown) + "\n")
 
 
+ERROR_KEYS = tuple(key for key in Failure._fields if key != "behind")
+
+
 def as_record(outcome: Outcome) -> dict[str, Any]:
     """Return an outcome as a line of --json; references/cli.md documents it."""
     job, delivery, failure = outcome.job, outcome.delivery, outcome.failure
@@ -3960,7 +4000,7 @@ def as_record(outcome: Outcome) -> dict[str, Any]:
         "size": delivery.size,
         "quality": delivery.quality,
         "warnings": list(delivery.warnings),
-        "error": failure and failure._asdict(),
+        "error": failure and {key: getattr(failure, key) for key in ERROR_KEYS},
     }
 
 
@@ -4079,6 +4119,8 @@ class Report:
         made_anew = options.force or (options.only is not None and options.remake)
         for condition, jobs in sorted(self.left.items()):
             again = "repeat the command with --skip-existing"
+            if options.remake:
+                again = "repeat the command"
             if condition == CONDITIONS["stale"]:
                 again = "repeat the command with --remake"
             elif made_anew:  # the former images are there, and would be taken for these
@@ -4087,8 +4129,6 @@ class Report:
             when = condition[:1].upper() + condition[1:]
             for_these = f"{when}: {again} ({counted(len(jobs), 'job')})."
             yield for_these if condition else resume or f"To resume, {again}."
-        if self.interrupted and not self.left:
-            yield resume or "To resume, repeat the command with --skip-existing."
 
     @property
     def exit_code(self) -> int:
@@ -4303,7 +4343,8 @@ class Run:
             self.halt.stop_all(failure)
         elif self.options.fail_fast and not self.options.batch_api:
             reason = f"--fail-fast, {job.where}{failure.message}"
-            self.halt.stop_all(Failure("fail_fast", reason, failure.kind, retryable=True))
+            behind = failure.kind
+            self.halt.stop_all(Failure("fail_fast", reason, retryable=True, behind=behind))
 
     def interrupt(self) -> None:
         """Take a signal: send nothing more; at the second one, drop what is in flight."""
@@ -5391,8 +5432,9 @@ class BatchClient:
             message = f"batch {batch_id} is collected; its image is not on disk"
             return job, Delivery(failure=Failure("batch_ended", message))
         if batch_id:
-            cause = halted.kind if halted else None
-            reason = Failure("submitted", f"in batch {batch_id}", cause, retryable=True)
+            behind = halted.cause if halted else ""
+            waits = f"in batch {batch_id}"
+            reason = Failure("submitted", waits, retryable=True, behind=behind)
         elif stage is Stage.DROPPED:
             message = "cancelled before it was submitted"
             reason = Failure("cancelled", message, retryable=True)
@@ -5534,6 +5576,8 @@ def plan_command(arguments: Arguments, options: RunOptions) -> tuple[Plan, Submi
         claims = Claims(jobs, entries, options.out_dir or "")
     if options.only is not None and jobs:
         chosen = select_jobs(jobs, options.only, claims.paths if claims else {})
+        if len(chosen) > (MAX_BATCH_API_JOBS if options.batch_api else MAX_JOBS):
+            raise UsageError(f"--only means {len(chosen):,} jobs; accepted are {MAX_JOBS:,}")
         lines = {job.line for job in jobs if job.number not in chosen}
         problems = [problem for problem in problems if problem[0] not in lines]
     if options.batch_api:
@@ -5543,7 +5587,10 @@ def plan_command(arguments: Arguments, options: RunOptions) -> tuple[Plan, Submi
     elif entries is not None:
         refuse_beside_batches(options.out_dir or ".")
     claims = None if options.existing == "replace" else claims
-    found = [find_missing(job, options, claims) for job in jobs]
+    as_they_are = options._replace(remake=False, skip_existing=options.resumes)
+    found = [
+        find_missing(job, options if job.number in chosen else as_they_are, claims) for job in jobs
+    ]
     sheet = options.contact_sheet
     plan = Plan(
         jobs=tuple(job for job in found if job.number in chosen),

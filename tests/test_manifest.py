@@ -290,6 +290,9 @@ def test_a_dry_run_sums_up_what_is_there(run: Run) -> None:
     assert result.exit_code == 0
     assert [document["job"] for document in result.json_lines] == [3]
     assert "3 jobs: 1 there, 1 stale, 1 missing" in result.stderr.splitlines()
+    again = run(*live.batch([HARE, "an owl", "a cat"], REMAKE, "--dry-run", "--json"))
+    assert [document["job"] for document in again.json_lines] == [1, 3]
+    assert "3 jobs: 1 there, 1 to be made again, 1 missing" in again.stderr.splitlines()
     (warning,) = live.lines(result, "Warning: ")
     assert warning.startswith("line 1: castle.png was made from another prompt")
 
@@ -337,6 +340,10 @@ def test_nothing_moves_if_the_request_fails(run: Run, api: ImagesAPI) -> None:
     api.script_for("hare", moderation_blocked())
     assert run(*live.batch([HARE], REMAKE)).exit_code == 4
     assert contents() == before
+    api.script_for("hare", server_error())
+    result = run(*live.batch([HARE], REMAKE, "--max-attempts", 1))
+    assert (result.exit_code, contents()) == (1, before)
+    assert "To resume, repeat the command.\n" in result.stderr
     assert entries()["castle.png"]["prompt"] == "a fox"
 
 
@@ -559,6 +566,66 @@ def test_whatever_is_edited_only_what_is_new_is_paid_and_nothing_is_lost(
     assert len(set(contents().values())) == bought
 
 
+def test_two_names_of_one_image_are_no_two_images(run: Run, api: ImagesAPI) -> None:
+    fox = {"prompt": "a fox", "out": "a.png"}
+    run(*live.batch([fox]))
+    assert resumed(run, [fox | {"out": "b.png"}]).exit_code == 0
+    both = [fox, fox | {"out": "b.png"}]
+    stale = resumed(run, both)
+    assert (stale.exit_code, live.outcomes(stale)) == (4, ["stale", "skipped"])
+    assert "a.png was made from another line;" in live.error(stale)
+    assert run(*live.batch(both, REMAKE)).exit_code == 0
+    assert len(api.requests) == 2
+    assert origins(resumed(run, both)) == ["made", "made"]
+    assert sha("out/a.png") != sha("out/b.png") == sha("out/a-old-1.png")
+
+
+def test_an_image_that_gives_way_stays_that_of_the_job_that_asks_for_it(
+    run: Run, api: ImagesAPI
+) -> None:
+    run(*live.batch([{"prompt": "a fox", "out": "a.png"}]))
+    jobs: list[Job] = [{"prompt": "a hare", "out": "a.png"}, {"prompt": "a fox", "out": "b.png"}]
+    assert run(*live.batch(jobs, "--only", 1, REMAKE)).exit_code == 0
+    result = resumed(run, jobs)
+    assert (result.exit_code, outputs(result)) == (0, [["a.png"], ["b.png"]])
+    assert len(api.requests) == 2
+
+
+def test_jobs_with_one_name_do_not_get_each_others_images(run: Run, api: ImagesAPI) -> None:
+    jobs: list[Job] = [FOX, HARE]
+    run(*live.batch([FOX]))
+    result = resumed(run, jobs, "--only", 2)
+    assert (result.exit_code, live.outcomes(result), outputs(result)) == (4, ["stale"], [[]])
+    collision = resumed(run, jobs)
+    assert (collision.exit_code, len(api.requests)) == (2, 1)
+    assert "written twice" in collision.stderr
+
+
+def test_a_name_that_two_lines_share_in_turn_is_written_by_one(run: Run, api: ImagesAPI) -> None:
+    run(*live.batch([{"prompt": "a fox", "out": "a.png"}]))
+    jobs: list[Job] = [{"prompt": "a hare", "out": "a.png"}, {"prompt": "a fox", "out": "b.png"}]
+    plain = run(*live.batch(jobs))
+    assert plain.exit_code == 2
+    assert "written twice" not in plain.stderr
+    picture("out/b.png")
+    result = resumed(run, jobs)
+    assert (result.exit_code, live.outcomes(result)) == (4, ["stale", "skipped"])
+    assert outputs(result)[1] == ["a.png"]
+    assert len(api.requests) == 1
+
+
+@pytest.mark.parametrize("temporary", ["castle.png", "../x.tmp", "other.png"])
+def test_a_line_names_no_file_that_is_not_its_own(run: Run, temporary: str) -> None:
+    run(*live.batch([FOX]))
+    manifest = Path("out", image_gen.MANIFEST_NAME)
+    entry = json.loads(manifest.read_text()) | {"temporary": temporary}
+    manifest.write_text(json.dumps(entry) + "\n")
+    shutil.copy("out/castle.png", "out/other.png")
+    before = contents()
+    assert resumed(run, [FOX]).exit_code == 0
+    assert contents() == before
+
+
 # ----------------------------------------------------------------------------- a plain repetition
 
 
@@ -655,11 +722,22 @@ def test_what_could_not_be_made_again_is_named_by_the_way_on(
 
 
 def test_a_contact_sheet_of_some_jobs_shows_the_others_too(run: Run, api: ImagesAPI) -> None:
-    run(*live.batch(FOUR, "--contact-sheet", "sheet.png"))
-    whole = live.size_of("sheet.png")
-    again = (RESUME, "--only", 3, "--contact-sheet", "sheet.png")
-    assert run(*live.batch(FOUR, *again)).exit_code == 0
-    assert (live.size_of("sheet.png"), len(api.requests)) == (whole, 4)
+    sheet = ("--contact-sheet", "sheet.png")
+    run(*live.batch(FOUR, *sheet))
+    whole = Path("sheet.png").read_bytes()
+    assert run(*live.batch(FOUR, RESUME, "--only", 3, *sheet)).exit_code == 0
+    assert (Path("sheet.png").read_bytes(), len(api.requests)) == (whole, 4)
+    fixed = image_bytes(lambda data: data)
+    api.script_for("owl", fixed)
+    assert run(*live.batch(FOUR, REMAKE, "--only", 3, *sheet)).exit_code == 0
+    assert Path("sheet.png").read_bytes() == whole  # the placeholder of a prompt looks the same
+
+
+def test_a_few_jobs_of_a_file_that_is_too_long_are_run(run: Run, api: ImagesAPI) -> None:
+    result = run(*live.batch(600, "--only", "599-600", "--json"))
+    assert (result.exit_code, [record["job"] for record in records(result)]) == (0, [599, 600])
+    assert run(*live.batch(600, "--only", "1-600")).exit_code == 2
+    assert len(api.requests) == 2
 
 
 # ---------------------------------------------------------------------------- through the Batch API

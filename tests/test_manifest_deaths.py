@@ -105,4 +105,4 @@ def test_a_run_that_is_killed_loses_no_image_that_it_has_noted_and_makes_none_tw
         assert former | set(noted) <= set(last.values())
         if not died:
             break
-    assert step > 4
+    assert step > 3
