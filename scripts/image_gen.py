@@ -55,7 +55,15 @@ import re
 import sys
 import time
 import unicodedata
-from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
+from contextlib import (
+    AsyncExitStack,
+    ExitStack,
+    aclosing,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from datetime import date, datetime, timezone
 from enum import Enum
 from itertools import chain, count
@@ -103,6 +111,7 @@ if TYPE_CHECKING:
     import threading
     import traceback
     from collections.abc import (
+        AsyncGenerator,
         AsyncIterator,
         Awaitable,
         Callable,
@@ -1631,8 +1640,11 @@ def file_digest(name: str) -> str:
     return digest_of_content(os.path.abspath(name), *state)
 
 
-def with_digest(job: Job) -> Job:
-    """Say what makes the images of a job, in full and as a digest."""
+def with_digest(job: Job, known: Mapping[str, str]) -> Job:
+    """Say what makes the images of a job, in full and as a digest.
+
+    Known are the SHA-256 of input files as they were sent, should they be gone.
+    """
     request = job.request
     asked = {key: value for key, value in request.payload.items() if key not in UNDIGESTED}
     asked["endpoint"] = request.endpoint
@@ -1644,7 +1656,8 @@ def with_digest(job: Job) -> Job:
             ("markup", request.markup and [request.markup]),
         ):
             if names:
-                asked[role] = [file_digest(name) for name in names]
+                sent = (known[name] if name in known else file_digest(name) for name in names)
+                asked[role] = list(sent)
     except (OSError, ValueError):  # preflight says so
         return job._replace(asked={}, digest="")
     content = json.dumps(asked, sort_keys=True).encode()
@@ -2484,6 +2497,7 @@ MAX_BACK_OFF_SECONDS = 30.0
 LEAST_ADVICE_SECONDS = 0.01  # "now", or a date that has passed by our clock, is no advice
 CONNECT_SECONDS = 20.0
 READ_BYTES = 256 * 1024  # at once from a connection
+SPOOL_BYTES = READ_BYTES  # of an answer that stay in memory
 UNREACHABLE = "a sandbox or a proxy may refuse it, see references/codex-network.md"
 LEAST_DOUBTS = 3  # requests that may have been billed for nothing before the run gets careful
 # The first requests leave one after the other, so that a small limit shows before all are out.
@@ -2780,17 +2794,18 @@ class Spool:
         self.broken: Verdict | None = None  # why it may not be all
         self._file: io.FileIO | None = None
         self._rest = bytearray()
-        with suppress(OSError):
-            self._file = tempfile.TemporaryFile(buffering=0)
+        self._is_full = False
 
     def write(self, chunk: bytes) -> None:
         """Append; what the disk for temporary files does not take stays in memory."""
-        written = 0
-        if self._file is not None and not self._rest:
-            with suppress(OSError):
-                written = self._file.write(chunk)
-        self._rest += chunk[written:]
+        self._rest += chunk
         self.size += len(chunk)
+        if len(self._rest) < SPOOL_BYTES or self._is_full:
+            return
+        with suppress(OSError):
+            self._file = self._file or tempfile.TemporaryFile(buffering=0)
+            del self._rest[: self._file.write(self._rest)]
+        self._is_full = len(self._rest) > 0
 
     def read(self) -> bytes:
         """Return everything that has come."""
@@ -4007,7 +4022,7 @@ def as_record(outcome: Outcome) -> dict[str, Any]:
 # Failures that repeating the command unchanged does not mend. Whatever else fails may pass.
 LASTING = (
     *("moderation", "invalid_request", "unknown_model", "permission", "authentication", "quota"),
-    *("input", "stale"),
+    *("input", "stale", "batch_ended"),
 )
 # When it makes sense to repeat the command, after what is not mended by time alone.
 CONDITIONS = {
@@ -4019,6 +4034,7 @@ CONDITIONS = {
     "authentication": "with another OPENAI_API_KEY",
     "quota": "after topping up",
     "stale": "to make stale images again",
+    "batch_ended": "to submit what is missing anew",
     "address": "with another OPENAI_BASE_URL",
     "write": "with room on the disk",
     "bad_answer": "to pay for an answer once more",
@@ -4528,7 +4544,7 @@ async def run_job(job: Job, run: Run) -> Outcome:
     try:
         async with run.backlog:
             if job.missing and job.digest:
-                job = with_digest(job)  # as its input files are now
+                job = with_digest(job, {})  # as its input files are now
             delivery = await deliver(job, run, exchange) if job.missing else at_rest(job)
             outcome = await conclude(job, with_history(delivery, exchange), run)
     except Exception as error:  # noqa: BLE001 - a bug must not take the other jobs' images along
@@ -4694,20 +4710,21 @@ async def run_jobs(plan: Plan, report: Report) -> list[Outcome]:
 # written before and after each step, so that the same command goes on where a process died, and no
 # job is submitted twice. A shard is in one of six stages:
 #
-#          upload_lines            create              create or find         collect_shard
+#          upload_lines            create              create or look_for     collect_shard
 #   PLANNED ───────────► UPLOADED ─────────► CREATING ────────────────► CREATED ─────────► SETTLED
-#      │                  │    ▲              │    │       its batch is           all it made
-#      │                  │    └──────────────┘    │    answered or listed        is on disk
+#      │       ◄───────   │    ▲              │    │                       all it made is on disk
+#      │    file is gone  │    └──────────────┘    │
 #      │                  │        refused         │
 #      └──────────────────┴────────────────────────┴──► DROPPED
 #                  --cancel, and no batch is found
 #
 # CREATING is the doubtful one: a request to create the batch may have been sent and not answered.
-# It is left by looking for the batch in the list of all, by run and shard in its metadata, and only
-# if it is not there by asking once more.
+# It is left by looking for the batch in the list of all, by run and shard in its metadata, for a
+# minute, and only if it is not there by asking once more. Should both appear in the end, one is a
+# twin: it is cancelled, and what it has made by then is saved beside the other's images.
 #
 # The shards of a run are chosen once its input images are uploaded; it is finished when each is
-# SETTLED or DROPPED.
+# SETTLED or DROPPED. Times of the server are compared with times of the server only.
 
 STATE_NAME = ".image_gen-batch.json"
 STATE_VERSION = 1
@@ -4715,14 +4732,118 @@ MAX_BATCH_LINES = 50_000
 MAX_BATCH_BYTES = 200_000_000
 POLL_SECONDS = 5.0
 MAX_POLL_SECONDS = 60.0
+LOOK_SECONDS = 60.0  # for a batch whose creation was not answered
+FIRST_LOOK_SECONDS = 1.0  # from one look to the next, at first
+LAG_SECONDS = 300.0  # a server of theirs may not know a new batch for so long
+CLOCK_MARGIN_SECONDS = 60  # between two of their servers
+PENDING_SECONDS = 2 * 24 * 3600  # a batch that is older has ended
 ENDED = ("completed", "failed", "expired", "cancelled")
-RUN_KEY, SHARD_KEY = "image_gen_run", "image_gen_shard"  # of a batch's metadata
-LIST_MARGIN_SECONDS = 3600  # clocks differ
+STOPPING = (*ENDED, "cancelling")
+# Of a batch's metadata: its run and shard, and digests of the jobs and of the folder.
+RUN_KEY, SHARD_KEY = "image_gen_run", "image_gen_shard"
+JOBS_KEY, FOLDER_KEY = "image_gen_jobs", "image_gen_folder"
 # What proves that no batch was created; any other error leaves it in doubt.
 REFUSED = ("wait", "fail", "stop model", "stop run")
-LINES_AT_ONCE = 4  # a line holds all images of a job, so this bounds the memory
+MAX_PAST = 1000  # batches of former runs that a state remembers
+CALLS_AT_ONCE = 8  # uploads and deletions of files
+LINES_AT_ONCE = 4  # a line holds all images of a job, so these bound the memory
+LINE_BYTES_AT_ONCE = 64 * 1024 * 1024
 # What a batch says of a request or of itself, and that may go well at another time.
 PASSING_CODES = ("batch_expired", "batch_cancelled", "token_limit_exceeded")
+
+
+class OddAnswerError(Exception):
+    """What came with a status of success is no answer of the Batch API."""
+
+    def __init__(self, wanted: str, body: object) -> None:
+        text = body if isinstance(body, str) else json.dumps(body, default=repr)
+        said = one_line(explanation(text))[:100] or "nothing"
+        super().__init__(f"{wanted} was asked for, and the answer is {said}")
+
+
+def is_id(value: object) -> bool:
+    """Tell whether a value can be an id of the API, and part of an address."""
+    return isinstance(value, str) and re.fullmatch(r"\w[\w.:-]{0,199}", value) is not None
+
+
+def whole_number(value: object) -> int | None:
+    """Return a number of the other side, None where something else stands."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+class StoredFile(NamedTuple):
+    """What the API says of an uploaded file."""
+
+    id: str
+    created_at: int | None  # by the server's clock
+
+    @classmethod
+    def read(cls, value: object) -> StoredFile:
+        """Check an answer."""
+        fields = mapping(value)
+        if not is_id(fields.get("id")):
+            raise OddAnswerError("a file", value)
+        return cls(fields["id"], whole_number(fields.get("created_at")))
+
+
+class Batch(NamedTuple):
+    """What the API says of a batch, as far as it makes sense."""
+
+    id: str
+    status: str
+    files: tuple[str, ...]  # of output and of errors
+    counts: tuple[int, int, int] | None  # total, completed, failed
+    errors: tuple[tuple[int, str, str | None], ...]  # line or 0, words, code
+    created_at: int | None
+    metadata: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, value: object, batch_id: str = "") -> Batch:
+        """Check an answer; the id is known where the batch was asked for by it."""
+        fields = mapping(value)
+        own_id = fields.get("id") or batch_id
+        if not is_id(own_id) or not isinstance(fields.get("status"), str):
+            raise OddAnswerError("a batch", value)
+        counts = mapping(fields.get("request_counts"))
+        numbers = [whole_number(counts.get(key)) for key in ("total", "completed", "failed")]
+        total, completed, failed = (number or 0 for number in numbers)
+        errors = []
+        listed = mapping(fields.get("errors")).get("data")
+        for error in map(mapping, listed if isinstance(listed, list) else ()):
+            code = error.get("code")
+            said = one_line(explanation(error.get("message")) or code or "no explanation")
+            known = code if isinstance(code, str) else None
+            errors.append((whole_number(error.get("line")) or 0, said, known))
+        return cls(
+            own_id,
+            fields["status"],
+            tuple(
+                fields[key] for key in ("output_file_id", "error_file_id") if is_id(fields.get(key))
+            ),
+            None if None in numbers else (total, completed, failed),
+            tuple(errors),
+            whole_number(fields.get("created_at")),
+            mapping(fields.get("metadata")),
+        )
+
+
+class Page(NamedTuple):
+    """A page of the list of batches, the newest first."""
+
+    batches: tuple[Batch, ...]
+    has_more: bool
+
+    @classmethod
+    def read(cls, value: object) -> Page:
+        """Check an answer; an entry that is no batch is passed over."""
+        fields = mapping(value)
+        if not isinstance(fields.get("data"), list):
+            raise OddAnswerError("a list of batches", value)
+        batches = []
+        for entry in fields["data"]:
+            with suppress(OddAnswerError):
+                batches.append(Batch.read(entry))
+        return cls(tuple(batches), fields.get("has_more") is True)
 
 
 class Stage(Enum):
@@ -4739,7 +4860,7 @@ class Stage(Enum):
 # Where each stage may lead: the arrows of the diagram.
 STEPS = {
     Stage.PLANNED: (Stage.UPLOADED, Stage.DROPPED),
-    Stage.UPLOADED: (Stage.CREATING, Stage.DROPPED),
+    Stage.UPLOADED: (Stage.CREATING, Stage.CREATED, Stage.PLANNED, Stage.DROPPED),
     Stage.CREATING: (Stage.CREATED, Stage.UPLOADED, Stage.DROPPED),
     Stage.CREATED: (Stage.SETTLED,),
 }
@@ -4755,14 +4876,24 @@ class Shard:
         self.stage = Stage.PLANNED
         self.file_id: str | None = None
         self.batch_id: str | None = None
+        self.twins: list[str] = []  # other batches of the same jobs
+        self.asked_at = 0.0  # when its creation was last asked for, by our clock
+        self.attempts = 0  # at creating it
+        self.file: StoredFile | None = None  # as far as this process has seen it
         self.refusal: Failure | None = None  # why it could not be submitted, this time
         self.told = ""  # the last line about its batch
 
     @classmethod
     def read(cls, index: int, content: Mapping[str, Any]) -> Shard:
-        """Read a shard of a state file."""
-        shard = cls(index, content["numbers"], content["endpoint"])
+        """Read a shard of a state file. Raises what is raised by content that is none."""
+        shard = cls(index, [int(number) for number in content["numbers"]], str(content["endpoint"]))
         shard.file_id, shard.batch_id = content["file_id"], content["batch_id"]
+        shard.twins = list(content.get("twins", ()))
+        shard.asked_at = float(content.get("asked_at", 0))
+        shard.attempts = int(content.get("attempts", 1))
+        ids = (shard.file_id, shard.batch_id, *shard.twins)
+        if not all(value is None or is_id(value) for value in ids):
+            raise ValueError("an id that is none")
         if content["settled"]:
             shard.stage = Stage.SETTLED if shard.batch_id else Stage.DROPPED
         elif shard.batch_id:
@@ -4783,20 +4914,35 @@ class Shard:
             "creating": self.stage in (Stage.CREATING, Stage.CREATED, Stage.SETTLED),
             "batch_id": self.batch_id,
             "settled": self.stage in (Stage.SETTLED, Stage.DROPPED),
+            "twins": self.twins,
+            "asked_at": self.asked_at,
+            "attempts": self.attempts,
         }
+
+    @property
+    def batch_ids(self) -> list[str]:
+        """All batches of its jobs, its own first."""
+        return [self.batch_id, *self.twins] if self.batch_id else []
 
 
 class Submission:
     """What a folder has submitted, and not collected yet; every change is on disk at once."""
 
     def __init__(self, folder: str, content: Mapping[str, Any]) -> None:
+        if content["version"] != STATE_VERSION:
+            raise ValueError("it was written by another version of this program")
         self.path = os.path.join(folder, STATE_NAME)
-        self.id: str = content["run"]
-        self.started: int = content["started"]
+        self.id = str(content["run"])
+        self.account = str(content.get("account", ""))
         # By job number: a digest of what it asks for, and which of its variants were submitted.
         self.digests = {int(number): str(digest) for number, digest in content["digests"].items()}
-        self.variants = {int(number): list(these) for number, these in content["variants"].items()}
+        self.variants = {
+            int(number): [range(MAX_N)[variant] for variant in variants]
+            for number, variants in content["variants"].items()
+        }
         self.uploads: dict[str, str] = dict(content["uploads"])  # file ids by sha256
+        self.sources: dict[str, str] = dict(content.get("sources", {}))  # sha256 of input files
+        self.past = list(map(str, content.get("past", ())))  # batches of former runs, settled
         self.shards = [Shard.read(*numbered) for numbered in enumerate(content["shards"])]
         self.sharded: bool = content["planned"]
         # What it does about files that are there; its own images are no obstacle to its going on.
@@ -4804,10 +4950,22 @@ class Submission:
         self.remake: bool = content.get("remake", False)
         self.only: str | None = content.get("only")
         self.is_new = False  # nothing of it is on disk
+        numbers = [number for shard in self.shards for number in shard.numbers]
+        if self.sharded and sorted(numbers) != sorted(self.variants):
+            raise ValueError("its shards are not those of its jobs")
+        if not self.variants.keys() <= self.digests.keys() or not all(
+            map(is_id, self.uploads.values())
+        ):
+            raise ValueError("its parts do not fit together")
 
     def are_all(self, *stages: Stage) -> bool:
         """Tell whether the shards are chosen, and have got so far."""
         return self.sharded and all(shard.stage in stages for shard in self.shards)
+
+    @property
+    def batch_ids(self) -> list[str]:
+        """All its batches."""
+        return [batch_id for shard in self.shards for batch_id in shard.batch_ids]
 
     @property
     def submitted(self) -> bool:
@@ -4837,10 +4995,13 @@ class Submission:
         content = {
             "version": STATE_VERSION,
             "run": self.id,
-            "started": self.started,
+            "account": self.account,
+            "started": 0,  # of the first version, which reads it
             "digests": self.digests,
             "variants": self.variants,
             "uploads": self.uploads,
+            "sources": self.sources,
+            "past": self.past,
             "shards": [shard.content for shard in self.shards],
             "planned": self.sharded,
             "force": self.force,
@@ -4860,36 +5021,54 @@ class Submission:
 def load_submission(folder: str) -> Submission | None:
     """Read the state of a folder."""
     name = os.path.join(folder, STATE_NAME)
+    if not os.path.lexists(name):
+        return None
+    if not os.path.isfile(name):
+        raise UsageError(f"{name} is no file; move it away")
     try:
         with open(name, "rb") as file:
-            content = json.load(file)
-        if content["version"] != STATE_VERSION:
-            raise UsageError(f"{name} was written by another version of this program")
-        return Submission(folder, content)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{name} cannot be read ({one_line(error)}); move it away") from None
+            return Submission(folder, json.load(file))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UsageError(
+            f"{name} cannot be read ({one_line(error)}); move it away: batches that wait for the "
+            "same jobs are found without it"
+        ) from None
 
 
-def refuse_beside_batches(folder: str) -> None:
+def refuse_beside_batches(folder: str, former: Submission | None) -> None:
     """Raise a UsageError if a folder waits for batches: a live run would pay for their images."""
-    submission = load_submission(folder)
-    if submission is not None and not submission.finished:
+    if former is not None and not former.finished:
         raise UsageError(
             f"{folder} has submitted a batch that is not collected: add --batch-api to collect it, "
             "or --batch-api --cancel to end it"
         )
 
 
+def account_digest(run_id: str) -> str:
+    """Return a digest, for one run alone, of the account that the environment names."""
+    base_url = os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1").rstrip("/")
+    names = ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID")
+    facts = [run_id, base_url, *(os.environ.get(name, "") for name in names)]
+    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:32]
+
+
+def folder_digest(folder: str) -> str:
+    """Return a digest that tells a folder of this machine from others."""
+    place = f"{socket.gethostname()}\0{os.path.realpath(folder or '.')}"
+    return hashlib.sha256(os.fsencode(place)).hexdigest()[:32]
+
+
 def new_submission(folder: str, former: Submission | None, options: RunOptions) -> Submission:
     """Make the state of a run that has not begun; it keeps what a former run has uploaded."""
+    run_id = os.urandom(8).hex()
     content: dict[str, Any] = {
-        "run": os.urandom(8).hex(),
-        "started": int(time.time()),
+        "version": STATE_VERSION,
+        "run": run_id,
+        "account": account_digest(run_id),
         "digests": {},
         "variants": {},
         "uploads": former.uploads if former else {},
+        "past": [*former.past, *former.batch_ids][-MAX_PAST:] if former else [],
         "shards": [],
         "planned": False,
         "force": options.force,
@@ -4928,21 +5107,25 @@ def changed_jobs(submission: Submission, jobs: Sequence[Job]) -> str:
         return f"there are {counted(len(jobs), 'job')} instead of {len(submission.digests):,}"
     digests = job_digests(jobs)
     changed = [
-        job for job in jobs if digests[job.number] not in ("", submission.digests.get(job.number))
+        job
+        for job in jobs
+        if digests[job.number] not in ("", submission.digests[job.number])
+        or any(variant >= len(job.outputs) for variant in submission.variants.get(job.number, ()))
     ]
     if not changed:
         return ""
     return f"{counted(len(changed), 'job')} changed, first that of {changed[0].where.strip(': ')}"
 
 
-def open_submission(jobs: Sequence[Job] | None, options: RunOptions) -> Submission:
+def open_submission(
+    former: Submission | None, jobs: Sequence[Job] | None, options: RunOptions
+) -> Submission:
     """Return the run of a folder that goes on, if the jobs are its own, or a new one.
 
     A run goes on until it is finished; after that its command finds it finished, unless it asks for
     a new one by --force or --skip-existing. Jobs that could not be read (None) are not compared.
     """
     folder = options.out_dir or "."
-    former = load_submission(folder)
     if options.cancel and (former is None or former.finished):
         raise UsageError(f"--cancel: {folder} has nothing submitted that is not collected")
     if former is None:
@@ -4957,6 +5140,12 @@ def open_submission(jobs: Sequence[Job] | None, options: RunOptions) -> Submissi
             "go on with the former --input, take another --out-dir, or end that run with --cancel "
             f"and the former --input; to give up its images, delete {former.path}"
         )
+    strange = former.account not in ("", account_digest(former.id))
+    if strange and not former.finished and not options.dry_run:
+        raise UsageError(
+            f"{folder} was submitted with another OPENAI_BASE_URL, OPENAI_ORG_ID or "
+            "OPENAI_PROJECT_ID; set what was set then, and repeat the command"
+        )
     return former
 
 
@@ -4968,6 +5157,7 @@ def begin(submission: Submission, jobs: Sequence[Job]) -> None:
         if job.missing
     }
     submission.digests = job_digests(jobs)
+    submission.sources = {name: file_digest(name) for job in jobs for name in job.request.files}
     submission.sharded = not submission.variants
     if submission.variants:
         submission.save()
@@ -5018,47 +5208,78 @@ class Result(NamedTuple):
     """What a line of an output or error file brings."""
 
     custom_id: str
-    job: Job | None  # None: nobody asked for it
     delivery: Delivery  # so far
     answer: Answer | None = None  # whose images are to be saved
 
 
-def read_result(encoded: bytes, waiting: dict[str, Job], known: Container[str]) -> Result | None:
+def read_result(file: Spool) -> Result:
     """Read a line of an output or error file. Runs in a worker thread.
 
-    Takes the line's job out of waiting; None stands for a job whose result has come before. Raises
-    a ValueError for a line that is none, as at the end of a file that was cut off.
+    Raises a ValueError for a line that is none, as at the end of a file that was cut off.
     """
-    line = mapping(json.loads(encoded))
+    line = mapping(load_json(file.read()))
     custom_id = line.get("custom_id")
     if not isinstance(custom_id, str):
         raise ValueError("no custom_id")  # noqa: TRY004
-    job = waiting.pop(custom_id, None)
-    if job is None and custom_id in known:
-        return None
     response, error = mapping(line.get("response")), mapping(line.get("error"))
     if not response:
         code = str(error.get("code") or "batch_error")
         message = one_line(error.get("message") or "the batch has no answer for this job")
-        failure = Failure(code, message, code, retryable=code in PASSING_CODES)
-        return Result(custom_id, job, Delivery(failure=failure))
+        return Result(custom_id, Delivery(failure=batch_failure(code, code, message)))
     body, status = response.get("body"), response.get("status_code")
     sent = Delivery(attempts=1, request_id=str(response.get("request_id") or "") or None)
     if status != 200:
         number = status if isinstance(status, int) else 200
         verdict = judge(ErrorAnswer(number, body if mapping(body) else error, {}, ""))
-        return Result(custom_id, job, sent._replace(failure=verdict.failure))
-    return Result(custom_id, job, sent, answer_of(body, lambda: encoded))
+        return Result(custom_id, sent._replace(failure=verdict.failure))
+    return Result(custom_id, sent, answer_of(body, file.read))
+
+
+def batch_failure(kind: str, code: str, message: str) -> Failure:
+    """Return the failure of a job that its batch has not done, by a code that may be known."""
+    known = VERDICT_BY_CODE.get(code)
+    passing = bool({kind, code} & {*PASSING_CODES})
+    return Failure(known[1] if known else kind, message, code, retryable=passing)
 
 
 def judge_call(error: Exception) -> Verdict:
     """Judge an error of the calls that are not about one image."""
     verdict, answer = verdict_of(error), error.__cause__ or error
+    if isinstance(error, OddAnswerError):
+        said = f"the Batch API answers oddly: {error}; a proxy, or a portal to sign in at?"
+        return Verdict("retry", Failure("bad_answer", said, retryable=True))
     if isinstance(answer, ErrorAnswer) and answer.status in (403, 404):
         said = explanation(answer.body) or "no explanation"
         message = f"the Batch API, HTTP {answer.status}: {one_line(said)}"
-        return Verdict("fail", verdict.failure._replace(kind="batch_api", message=message))
+        code = str(answer.status)
+        failure = verdict.failure._replace(kind="batch_api", message=message, code=code)
+        return Verdict("fail", failure)
     return verdict
+
+
+def is_unknown(error: JobError) -> bool:
+    """Tell whether a call has failed as the API does not know what it is about."""
+    return (error.failure.kind, error.failure.code) == ("batch_api", "404")
+
+
+class Collection:
+    """What a batch has brought in this process."""
+
+    def __init__(self, batch_id: str, jobs: Mapping[str, Job]) -> None:
+        self.batch_id = batch_id
+        self.jobs = jobs  # by custom_id
+        self.done = False  # nothing of it is left to fetch
+        self.lacking: float | None = None  # since when it is known that something is
+        self.offsets: dict[str, int] = {}  # of the line that comes next, in each of its files
+        self.lines: set[str] = set()  # the custom_ids that have been read
+        self.later: list[tuple[Result, Spool]] = []  # further lines of theirs
+        self.torn = False  # a line could not be read or saved
+
+    def has_all(self, batch: Batch) -> bool:
+        """Tell whether the lines account for what the batch says it has done."""
+        if batch.counts is not None:
+            return len(self.lines) >= batch.counts[1] + batch.counts[2]
+        return not self.torn and (batch.status != "completed" or len(self.lines) >= len(self.jobs))
 
 
 class BatchClient:
@@ -5071,6 +5292,49 @@ class BatchClient:
         self.jobs = {job.number: job for job in jobs}
         self.folder = os.path.dirname(submission.path)
         self.outcomes: dict[int, Outcome] = {}
+        self.collections: dict[str, Collection] = {}  # by batch
+        self.batches: dict[str, Batch] = {}  # as they ended
+        self.failed: dict[int, Delivery] = {}  # jobs that have an error, if no image comes
+        self.made_by: dict[int, str] = {}  # the batches of the jobs that have their images
+        self.stopped: set[str] = set()  # twins that were cancelled
+        self.known_files: set[str] = set()  # that have been asked for, or uploaded, just now
+        self.told_of_error: tuple[str, str | None] | None = None
+
+    # calls
+
+    async def within(self, work: Awaitable[T], seconds: float) -> T:
+        """Wait for something, for so many seconds (TimeoutError), and no longer than the run."""
+        task = asyncio.ensure_future(work)
+        halted = asyncio.ensure_future(self.run.halt.changed.wait())
+        try:
+            await asyncio.wait((task, halted), timeout=seconds, return_when="FIRST_COMPLETED")
+            if not task.done():
+                self.run.halt.check()
+                raise TimeoutError
+            return task.result()
+        finally:
+            task.cancel()
+            halted.cancel()
+
+    async def once(self, make: Callable[[], Awaitable[Any]], read: Callable[[Any], T]) -> T:
+        """Make a call, and check its answer."""
+        self.run.halt.check()
+        answer = await self.within(make(), self.run.options.timeout)
+        value = load_json(answer.content)
+        if value is None:
+            value = answer.content[:MAX_ERROR_BYTES].decode("utf-8", "replace")
+        return read(value)
+
+    async def call(self, make: Callable[[], Awaitable[Any]], read: Callable[[Any], T]) -> T:
+        """Make a call that may be repeated without harm, until it is answered."""
+        patience = Patience(self.run.options)
+        while True:
+            patience.begin()
+            try:
+                return await self.once(make, read)
+            except api_errors(OddAnswerError, TimeoutError) as error:
+                await self.wait(patience, error)
+                self.run.halt.check()
 
     async def wait(self, patience: Patience, error: Exception) -> None:
         """Wait until a call that failed can be made again, or raise the JobError that ends it."""
@@ -5080,16 +5344,22 @@ class BatchClient:
         self.run.report.note(f"{verdict.failure.message}; again in {delay:.1f} s")
         await self.run.halt.sleep(delay)
 
-    async def call(self, make: Callable[[], Awaitable[T]]) -> T:
-        """Make a call that may be repeated without harm, until it is answered."""
-        patience = Patience(self.run.options)
-        while True:
-            patience.begin()
-            try:
-                return await make()
-            except api_errors() as error:
-                await self.wait(patience, error)
-                self.run.halt.check()
+    async def together(self, work: Callable[[T], Awaitable[None]], items: Iterable[T]) -> None:
+        """Do something for each of the items, some at a time."""
+        queue = iter(items)
+
+        async def worker() -> None:
+            for item in queue:
+                await work(item)
+
+        workers = [asyncio.create_task(worker()) for _ in range(CALLS_AT_ONCE)]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for task in workers:
+                task.cancel()
+
+    # submit
 
     def asked(self, shard: Shard) -> dict[str, Job]:
         """Return the jobs of a shard by custom_id, with the outputs that were submitted."""
@@ -5111,6 +5381,9 @@ class BatchClient:
             submission.save()
         for shard in submission.shards:
             try:
+                if shard.stage is Stage.UPLOADED and not await self.know_file(shard):
+                    shard.file_id = None
+                    submission.advance(shard, Stage.PLANNED)
                 if shard.stage is Stage.PLANNED:
                     await self.upload_lines(shard)
                 if shard.stage in (Stage.UPLOADED, Stage.CREATING):
@@ -5122,287 +5395,549 @@ class BatchClient:
                 if stops:
                     return
 
+    async def find_file(self, file_id: str) -> StoredFile | None:
+        """Ask for an uploaded file; None if the API does not know it."""
+        retrieve = self.api.files.with_raw_response.retrieve
+        try:
+            return await self.call(functools.partial(retrieve, file_id), StoredFile.read)
+        except JobError as error:
+            if is_unknown(error):
+                return None
+            raise
+
+    async def know_file(self, shard: Shard) -> bool:
+        """Look whether the API has the lines of a shard, unless that is known."""
+        if shard.file is None:
+            shard.file = await self.find_file(shard.file_id or "")
+        return shard.file is not None
+
     async def upload_inputs(self, jobs: Iterable[Job]) -> dict[str, str]:
         """Upload each distinct input image once; return the file ids by path."""
-        file_ids = {}
-        uploads = self.submission.uploads
-        for path in dict.fromkeys(path for job in jobs for path in job.request.files):
-            digest = file_digest(path)
+        uploads, known = self.submission.uploads, self.known_files
+        paths = dict.fromkeys(path for job in jobs for path in job.request.files)
+        digests = {path: file_digest(path) for path in paths}
+
+        async def upload(digest: str) -> None:
+            file_id = uploads.get(digest)
+            if file_id and file_id not in known and not await self.find_file(file_id):
+                del uploads[digest]
             if digest not in uploads:
-                self.run.halt.check()
-                uploads[digest] = await self.call(functools.partial(self.upload_input, path))
+                upload = functools.partial(self.upload_input, sources[digest])
+                uploads[digest] = (await self.call(upload, StoredFile.read)).id
                 # A lost note of an upload costs an upload; a note of each of thousands, hours.
                 if len(uploads) < 100 or len(uploads) % 100 == 0:
                     self.submission.save()
-            file_ids[path] = uploads[digest]
-        return file_ids
+            known.add(uploads[digest])
 
-    async def upload_input(self, path: str) -> str:
-        """Upload an input image, and return its id."""
+        sources = {digest: path for path, digest in digests.items()}
+        await self.together(upload, sources)
+        return {path: uploads[digest] for path, digest in digests.items()}
+
+    async def upload_input(self, path: str) -> Any:  # noqa: ANN401
+        """Upload an input image."""
         with ExitStack() as stack:
             part = file_part(stack, path, "input")
-            return (await self.api.files.create(file=part, purpose="vision")).id
+            return await self.api.files.with_raw_response.create(file=part, purpose="vision")
 
     async def upload_lines(self, shard: Shard) -> None:
         """Upload the jobs of a shard, one a line."""
         jobs = list(self.asked(shard).values())
         file_ids = await self.upload_inputs(jobs)
-        self.run.halt.check()
         with tempfile.TemporaryFile(dir=self.folder) as file:
             for job in jobs:
                 file.write(encoded_line(job, file_ids))
             name = f"image_gen-{self.submission.id}-{shard.index}.jsonl"
 
-            async def upload() -> str:
+            async def upload() -> Any:  # noqa: ANN401
                 file.seek(0)
                 part = (name, cast("BinaryIO", file), "application/jsonl")
-                return (await self.api.files.create(file=part, purpose="batch")).id
+                return await self.api.files.with_raw_response.create(file=part, purpose="batch")
 
-            shard.file_id = await self.call(upload)
+            shard.file = await self.call(upload, StoredFile.read)
+        shard.file_id = shard.file.id
         self.submission.advance(shard, Stage.UPLOADED)
+
+    def metadata(self, shard: Shard) -> dict[str, str]:
+        """Return what tells a shard's batch from others: its run, or its jobs and its folder."""
+        numbered = [
+            (number, self.submission.digests[number], self.submission.variants[number])
+            for number in shard.numbers
+        ]
+        return {
+            RUN_KEY: self.submission.id,
+            SHARD_KEY: str(shard.index),
+            JOBS_KEY: hashlib.sha256(json.dumps(numbered).encode()).hexdigest(),
+            FOLDER_KEY: folder_digest(self.folder),
+        }
 
     async def create(self, shard: Shard) -> None:
         """Create a batch, once: after a doubtful attempt, look first whether it exists."""
         advance, patience = self.submission.advance, Patience(self.run.options)
+        metadata = self.metadata(shard)
+        create = functools.partial(
+            self.api.batches.with_raw_response.create,
+            endpoint=shard.endpoint,  # type: ignore[arg-type]
+            completion_window="24h",
+            metadata=metadata,
+        )
         while shard.stage is not Stage.CREATED:
-            if shard.stage is Stage.CREATING and await self.find(shard):
+            if shard.stage is Stage.CREATING and not await self.look_for(shard):
+                advance(shard, Stage.UPLOADED)
+            if shard.stage is Stage.UPLOADED and not shard.attempts:
+                await self.adopt(shard, metadata)
+            if shard.batch_id:
                 break
             self.run.halt.check()
-            if shard.stage is Stage.UPLOADED:
-                advance(shard, Stage.CREATING)
             patience.begin()
+            shard.attempts += 1
+            shard.asked_at = time.time()
+            advance(shard, Stage.CREATING)
+            ask = functools.partial(create, input_file_id=shard.file_id or "")
             try:
-                batch = await self.api.batches.create(
-                    input_file_id=shard.file_id or "",
-                    endpoint=shard.endpoint,  # type: ignore[arg-type]
-                    completion_window="24h",
-                    metadata={RUN_KEY: self.submission.id, SHARD_KEY: str(shard.index)},
-                )
-            except api_errors() as error:
-                if judge_call(error).action in REFUSED:
+                shard.batch_id = (await self.once(ask, Batch.read)).id
+            except api_errors(OddAnswerError, TimeoutError) as error:
+                verdict = judge_call(error)
+                unsent = verdict.failure.kind == "connection" and not verdict.failure.maybe_billed
+                if verdict.action in REFUSED or unsent:
                     advance(shard, Stage.UPLOADED)
                 await self.wait(patience, error)
             else:
-                shard.batch_id = batch.id
                 advance(shard, Stage.CREATED)
+        await self.find_twins(shard)
         jobs = counted(len(shard.numbers), "job")
         self.run.report.note(f"batch {shard.batch_id}: {jobs} submitted")
 
-    async def find(self, shard: Shard) -> bool:
-        """Look for a batch whose creation was not answered, by its metadata."""
+    # look for batches
+
+    async def listing(self, since: float) -> list[Batch]:
+        """List the batches that were created since a time of the server's clock, or all."""
+        found: dict[str, Batch] = {}
+        after: Any = openai.omit
+        while True:
+            ask = functools.partial(self.api.batches.with_raw_response.list, limit=100, after=after)
+            page = await self.call(ask, Page.read)
+            fresh = {batch.id: batch for batch in page.batches if batch.id not in found}
+            found |= fresh
+            times = [batch.created_at for batch in page.batches if batch.created_at is not None]
+            if not page.has_more or min(times, default=since) < since:
+                return list(found.values())
+            if not fresh:
+                message = "the list of batches repeats itself, so that nothing can be looked up"
+                raise JobError(Failure("bad_answer", message, retryable=True))
+            after = page.batches[-1].id
+
+    async def matches(self, shard: Shard) -> list[str]:
+        """Return the ids of all batches of a shard, the first that was created first."""
         wanted = self.submission.id, str(shard.index)
+        created = shard.file.created_at if shard.file else None
+        batches = await self.listing((created or 0) - CLOCK_MARGIN_SECONDS)
+        return [
+            batch.id
+            for batch in reversed(batches)
+            if (batch.metadata.get(RUN_KEY), batch.metadata.get(SHARD_KEY)) == wanted
+        ]
 
-        async def search() -> str | None:
-            async for batch in self.api.batches.list(limit=100):
-                metadata = batch.metadata or {}
-                if (metadata.get(RUN_KEY), metadata.get(SHARD_KEY)) == wanted:
-                    return batch.id
-                if batch.created_at < self.submission.started - LIST_MARGIN_SECONDS:
-                    return None
-            return None
+    async def look_for(self, shard: Shard) -> bool:
+        """Look for the batch of a creation that was not answered, for a minute since it was sent.
 
-        shard.batch_id = await self.call(search)
-        if shard.batch_id:
-            self.submission.advance(shard, Stage.CREATED)
-        return shard.batch_id is not None
+        A key of another account would see no batch, and create a second one: the file tells.
+        """
+        if not await self.know_file(shard):
+            message = (
+                "the API does not know what was uploaded for a batch that may exist; was it "
+                "submitted with another key? Set that, and repeat the command"
+            )
+            raise JobError(Failure("batch_api", message, retryable=True))
+        delay, end = FIRST_LOOK_SECONDS, shard.asked_at + LOOK_SECONDS
+        while True:
+            if found := await self.matches(shard):
+                shard.batch_id, *shard.twins = found
+                self.submission.advance(shard, Stage.CREATED)
+                return True
+            left = end - time.time()
+            if not 0 < left <= LOOK_SECONDS:
+                return False
+            if delay == FIRST_LOOK_SECONDS:
+                self.run.report.note(f"looking for its batch for {left:.0f} s, before another try")
+            await self.run.halt.sleep(min(delay, left))
+            self.run.halt.check()
+            delay = min(10.0, 2 * delay)
+
+    async def adopt(self, shard: Shard, metadata: Mapping[str, str]) -> None:
+        """Go on with a batch of these jobs that waits already, as after the state was deleted."""
+        created = shard.file.created_at if shard.file else None
+        since = created - PENDING_SECONDS if created else 0.0
+        own = {*self.submission.past, *self.submission.batch_ids}
+        for batch in await self.listing(since):
+            said = batch.metadata
+            same = said.get(JOBS_KEY) == metadata[JOBS_KEY] and batch.id not in own
+            here = said.get(FOLDER_KEY) == metadata[FOLDER_KEY]
+            pending = batch.status not in STOPPING
+            if not same or not (pending or (here and batch.status == "completed")):
+                continue
+            if self.submission.force and not pending:
+                continue
+            if here:
+                self.run.report.note(f"batch {batch.id} was submitted for these jobs, going on")
+                shard.batch_id = batch.id
+                self.submission.advance(shard, Stage.CREATED)
+                return
+            remove_files([self.submission.path])
+            raise UsageError(
+                f"batch {batch.id} does these jobs already, for another folder or machine: collect "
+                "it there, or cancel it; with another prompt, --out or line it is not the same job"
+            )
+
+    async def find_twins(self, shard: Shard) -> None:
+        """Cancel what else was created for the jobs of a shard; what it has made is collected."""
+        try:
+            found = await self.matches(shard)
+        except JobError as error:
+            self.run.report.note(f"twins were not looked for: {error.failure.message}")
+            return
+        for batch_id in found:
+            if batch_id not in shard.batch_ids:
+                shard.twins.append(batch_id)
+                self.submission.save()
+                self.run.report.warn(f"batch {batch_id} is a twin of {shard.batch_id}")
+        for batch_id in shard.twins:
+            if batch_id not in self.stopped:
+                self.stopped.add(batch_id)
+                await self.cancel_batch(batch_id)
+
+    # cancel
 
     async def cancel(self) -> None:
         """Cancel the batches that are not settled, and drop the shards that have none."""
-        self.submission.sharded = True
-        for shard in self.submission.shards:
-            if shard.stage is Stage.CREATING:
-                await self.find(shard)
-            if shard.stage is Stage.CREATED:
-                await self.cancel_batch(shard.batch_id or "")
-            elif Stage.DROPPED in STEPS.get(shard.stage, ()):
-                self.submission.advance(shard, Stage.DROPPED)
-        self.submission.save()
+        submission = self.submission
+        if not submission.sharded:
+            submission.sharded, submission.variants = True, {}
+        for shard in submission.shards:
+            try:
+                if shard.stage is Stage.CREATING and not await self.look_for(shard):
+                    submission.advance(shard, Stage.DROPPED)
+                elif shard.stage is Stage.CREATED:
+                    for batch_id in shard.batch_ids:
+                        await self.cancel_batch(batch_id)
+                elif Stage.DROPPED in STEPS.get(shard.stage, ()):
+                    submission.advance(shard, Stage.DROPPED)
+            except JobError as error:
+                shard.refusal = error.failure
+                self.run.report.error(f"not cancelled: {error.failure.message}")
+        submission.save()
 
     async def cancel_batch(self, batch_id: str) -> None:
         """Ask for the end of a batch; one that has ended by itself is collected as it is."""
+        cancel = functools.partial(self.api.batches.with_raw_response.cancel, batch_id)
         try:
-            await self.call(functools.partial(self.api.batches.cancel, batch_id))
+            await self.call(cancel, functools.partial(Batch.read, batch_id=batch_id))
         except JobError as error:
-            if error.failure.kind != "conflict":
-                said = error.failure.message
-                self.run.report.error(f"batch {batch_id} is not cancelled: {said}")
+            with suppress(JobError):
+                if (batch := await self.look(batch_id)).status not in ENDED:
+                    said = f"{error.failure.message}; it is {batch.status}"
+                    self.run.report.error(f"batch {batch_id} is not cancelled: {said}")
+                return
+            self.run.report.error(f"batch {batch_id} is not cancelled: {error.failure.message}")
         else:
             self.run.report.note(f"batch {batch_id}: cancelling")
 
-    async def look(self, shard: Shard) -> openai.types.Batch:
-        """Return how a batch stands, and tell it when that has changed."""
-        batch = await self.api.batches.retrieve(shard.batch_id or "")
-        done = batch.request_counts
-        counts = f", {done.completed}/{done.total} done, {done.failed} failed" if done else ""
+    # collect
+
+    async def look(self, batch_id: str) -> Batch:
+        """Return how a batch stands."""
+        retrieve = functools.partial(self.api.batches.with_raw_response.retrieve, batch_id)
+        read = functools.partial(Batch.read, batch_id=batch_id)
+        return await self.call(retrieve, read)
+
+    async def poll(self, shard: Shard, batch_id: str) -> Batch | None:
+        """Return how a batch stands, and tell it when it has changed; None if nobody knows.
+
+        Whoever waits is not put off by hours without an answer.
+        """
+        retrieve = functools.partial(self.api.batches.with_raw_response.retrieve, batch_id)
+        read = functools.partial(Batch.read, batch_id=batch_id)
+        try:
+            if self.run.options.no_wait:
+                batch = await self.call(retrieve, read)
+            else:
+                batch = await self.once(retrieve, read)
+        except JobError as error:
+            if is_unknown(error) and 0 <= time.time() - shard.asked_at < LAG_SECONDS:
+                return None
+            raise
+        except api_errors(OddAnswerError, TimeoutError) as error:
+            verdict = judge_call(error)
+            if verdict.action not in ("retry", "wait"):
+                failed = JobError(verdict.failure, verdict.action)
+                if is_unknown(failed) and 0 <= time.time() - shard.asked_at < LAG_SECONDS:
+                    return None
+                raise failed from None
+            kind = verdict.failure.kind, verdict.failure.code
+            if kind != self.told_of_error:  # hours of it are told once
+                self.told_of_error = kind
+                self.run.report.note(f"{verdict.failure.message}; the batches go on")
+            return None
+        counts = ", {1}/{0} done, {2} failed".format(*batch.counts) if batch.counts else ""
         line = f"batch {batch.id}: {batch.status}{counts}"
         if line != shard.told:
             shard.told = line
             self.run.report.note(line)
+        self.told_of_error = None
         return batch
-
-    async def poll(self, shard: Shard, silence: Patience) -> openai.types.Batch | None:
-        """Return how a batch stands; None if that cannot be told just now."""
-        if self.run.options.no_wait:
-            return await self.call(functools.partial(self.look, shard))
-        try:
-            return await self.look(shard)
-        except api_errors() as error:
-            verdict = judge_call(error)
-            silence.after(verdict)
-            self.run.report.note(f"{verdict.failure.message}; the batches go on")
-            return None
 
     async def collect(self) -> None:
         """Poll until all batches have ended, and collect each as it ends."""
         options, delay = self.run.options, 0.0
-        silence = Patience(options, endless=True)  # whoever waits is put off by time alone
         left = [shard for shard in self.submission.shards if shard.stage is Stage.CREATED]
+        for shard in left:
+            if shard.attempts > 1 or shard.twins:  # what got lost may have come through since
+                await self.find_twins(shard)
         while left:
             await self.run.halt.sleep(delay)
             delay = min(MAX_POLL_SECONDS, max(POLL_SECONDS, delay * 1.5))
             for shard in list(left):
                 self.run.halt.check()
-                try:
-                    batch = await self.poll(shard, silence)
-                except JobError as error:
-                    if error.action == "stop run":
-                        raise
+                if await self.visit(shard) or options.no_wait:
                     left.remove(shard)
-                    await self.fail_all(self.asked(shard), error)
-                    continue
-                if batch is None:
-                    continue
-                silence = Patience(options, endless=True)
-                if batch.status in ENDED:
-                    await self.collect_shard(shard, batch)
-                if batch.status in ENDED or options.no_wait:
-                    left.remove(shard)
-            if silence.last:  # nobody has answered since
-                silence.spend(delay)
+        if self.submission.finished:
+            await self.tidy()
 
-    async def collect_shard(self, shard: Shard, batch: openai.types.Batch) -> None:
-        """Save all results of a batch that has ended, and name the jobs without one."""
-        unanswered = self.asked(shard)
-        known = frozenset(unanswered)
-        whole = True
-        try:
-            for file_id in filter(None, (batch.output_file_id, batch.error_file_id)):
-                whole &= await self.collect_file(file_id, unanswered, known)
-        except JobError as error:
-            await self.fail_all(unanswered, error)
-            return
-        if whole and (batch.status != "completed" or not unanswered):
-            self.submission.advance(shard, Stage.SETTLED)
-        failures = self.failures_without_result(shard, batch)
-        for job in unanswered.values():
-            await self.conclude(job, Delivery(failure=failures[job.number]))
-
-    async def collect_file(
-        self, file_id: str, unanswered: dict[str, Job], known: Container[str]
-    ) -> bool:
-        """Save the results of a file; tell whether all of it could be read and written."""
-        with tempfile.TemporaryFile(dir=self.folder) as file:
-            await self.download(file_id, cast("BinaryIO", file))
-            lines = filter(bytes.strip, file)
-
-            async def collect_lines() -> bool:
-                whole = True
-                for line in lines:  # each of the workers takes the next
-                    whole &= await self.collect_line(line, unanswered, known)
-                    if self.run.halt.reason:
-                        break
-                return whole
-
-            workers = [collect_lines() for _ in range(LINES_AT_ONCE)]
-            whole = all(await asyncio.gather(*workers))
-        self.run.halt.check()
-        return whole
-
-    async def download(self, file_id: str, file: BinaryIO) -> None:
-        """Stream a file to disk, from its begin again when the connection breaks."""
-
-        async def stream() -> None:
-            file.seek(0)
-            file.truncate()
-            async with self.api.files.with_streaming_response.content(file_id) as response:
-                async for chunk in response.iter_bytes():
-                    self.run.halt.check()
-                    file.write(chunk)
-
-        await self.call(stream)
-        file.seek(0)
-
-    async def collect_line(
-        self, line: bytes, unanswered: dict[str, Job], known: Container[str]
-    ) -> bool:
-        """Save the images of a line and their copies; tell whether nothing of it is left behind."""
-        try:
-            found = await self.run.in_saver(read_result, line, unanswered, known)
-            return found is None or await self.conclude_result(found)
-        except (ValueError, RecursionError):
-            return False
-        except Exception as error:  # noqa: BLE001 - the results stay with the API, to be fetched anew
-            self.run.bug(error)
-            return False
-
-    async def conclude_result(self, result: Result) -> bool:
-        """Save and report what a line has brought; tell whether nothing of it is left behind."""
-        custom_id, job, delivery, answer = result
-        if answer is not None:
-            target = job or stray_job(custom_id, self.folder, max(1, len(answer.items)))
-            saved, _ = await bring(target, lambda: answer, delivery.request_id, self.run)
-            delivery = saved._replace(attempts=delivery.attempts, request_id=delivery.request_id)
-        if job is None:
-            kept = listing(image.path for image in delivery.images.values())
-            self.run.report.warn(
-                f"a result for {one_line(custom_id)}, which is no job of its batch"
-                f"{f'; kept as {kept}' if kept else ''}"
-            )
-            return True
-        outcome = await self.conclude(job, delivery)
-        if isinstance(outcome, Failed) and outcome.failure.kind == "write":
-            self.run.heed(outcome.job, outcome.failure)
-            return False  # it is still there to be fetched once more
+    async def visit(self, shard: Shard) -> bool:
+        """Look at the batches of a shard, and collect them; tell whether that is all for now."""
+        for batch_id in shard.batch_ids:
+            if batch_id not in self.collections:
+                self.collections[batch_id] = Collection(batch_id, self.asked(shard))
+            collection = self.collections[batch_id]
+            if collection.done:
+                continue
+            try:
+                batch = await self.poll(shard, batch_id)
+                if batch is None or batch.status not in ENDED:
+                    return False
+                await self.collect_batch(batch, collection)
+            except JobError as error:
+                if error.action == "stop run":
+                    raise
+                await self.fail_all(shard, error)
+                return True
+            if not collection.done:
+                return await self.give_up(shard, batch, collection)
+        await self.fail_rest(shard)
+        self.submission.advance(shard, Stage.SETTLED)
         return True
 
-    def failures_without_result(
-        self, shard: Shard, batch: openai.types.Batch
-    ) -> dict[int, Failure]:
+    async def collect_batch(self, batch: Batch, collection: Collection) -> None:
+        """Save all results of a batch that has ended, as far as they can be had."""
+        self.batches[batch.id] = batch
+        for file_id in batch.files:
+            await self.collect_file(file_id, collection)
+        while collection.later:
+            await self.take(*collection.later.pop(), collection)
+        self.run.halt.check()
+        collection.done = collection.has_all(batch)
+
+    async def give_up(self, shard: Shard, batch: Batch, collection: Collection) -> bool:
+        """Tell whether what a batch lacks has been waited for long enough; its jobs fail then."""
+        options, now = self.run.options, self.run.clock()
+        if collection.lacking is None:
+            collection.lacking = now
+            results = counted(len(collection.lines), "result")
+            self.run.report.note(f"batch {batch.id}: only {results} so far; asking again")
+        if now - collection.lacking < options.max_wait:
+            return False
+        await self.fail_rest(shard)
+        if options.cancel:  # there is nothing more to be had
+            self.submission.advance(shard, Stage.SETTLED)
+        return True
+
+    async def lines_of(self, file_id: str, offset: int) -> AsyncGenerator[tuple[Spool, bool]]:
+        """Download a file from an offset on, line by line; tell whether each has its end."""
+        content = self.api.files.with_streaming_response.content
+        headers = {"range": f"bytes={offset}-"} if offset else {}
+        clock, seconds = self.run.clock, self.run.options.timeout
+        end = clock() + seconds
+        async with AsyncExitStack() as stack:
+            response = await self.within(
+                stack.enter_async_context(content(file_id, extra_headers=headers)), seconds
+            )
+            behind = 0 if response.status_code == 206 else offset  # that was read before
+            chunks, line = response.iter_bytes(), Spool()
+            stack.callback(line.close)
+            while chunk := await self.within(anext(chunks, b""), end - clock()):
+                chunk, behind = chunk[behind:], max(0, behind - len(chunk))
+                *ended, rest = chunk.split(b"\n")
+                for part in ended:
+                    line.write(part)
+                    yield line, True
+                    line, end = Spool(), clock() + seconds
+                line.write(rest)
+            if line.size:
+                yield line, False
+
+    async def collect_file(self, file_id: str, collection: Collection) -> None:
+        """Save the results of a file, line by line as it comes; a break is gone on behind."""
+        offsets, patience = collection.offsets, Patience(self.run.options)
+        work: dict[asyncio.Task[None], int] = {}
+        while True:
+            patience.begin()
+            try:
+                async with aclosing(self.lines_of(file_id, offsets.get(file_id, 0))) as lines:
+                    async for line, is_whole in lines:
+                        await self.make_room(work, line.size)
+                        self.run.halt.check()
+                        work[asyncio.create_task(self.take_line(line, collection))] = line.size
+                        if is_whole:
+                            offsets[file_id] = offsets.get(file_id, 0) + line.size + 1
+                            patience = Patience(self.run.options)
+            except api_errors(TimeoutError) as error:
+                cause = error.__cause__ or error
+                if isinstance(cause, ErrorAnswer) and cause.status == 416:  # all of it is read
+                    return
+                await self.wait(patience, error)
+            else:
+                return
+            finally:
+                await asyncio.gather(*work)
+
+    async def make_room(self, work: dict[asyncio.Task[None], int], size: int) -> None:
+        """Wait until one more line fits into the memory."""
+        while len(work) >= LINES_AT_ONCE or (
+            work and sum(work.values()) + size > LINE_BYTES_AT_ONCE
+        ):
+            ended, _ = await asyncio.wait(work, return_when="FIRST_COMPLETED")
+            for task in ended:
+                del work[task]
+
+    async def take_line(self, line: Spool, collection: Collection) -> None:
+        """Read a line, and save what it brings."""
+        try:
+            result = await self.run.in_saver(read_result, line)
+        except (ValueError, RecursionError):
+            collection.torn = collection.torn or bool(line.read().strip())
+            line.close()
+            return
+        if result.custom_id in collection.lines:
+            collection.later.append((result, line))  # which of them has the image?
+            return
+        collection.lines.add(result.custom_id)
+        await self.take(result, line, collection)
+
+    async def take(self, result: Result, line: Spool, collection: Collection) -> None:
+        """Save what a result brings; an error counts only if no image comes."""
+        custom_id, delivery, answer = result
+        job = collection.jobs.get(custom_id)
+        try:
+            if job is None:
+                collection.lines.discard(custom_id)
+                await self.take_stray(result)
+            elif answer is None:
+                self.failed.setdefault(job.number, delivery)
+            elif self.made_by.get(job.number) != collection.batch_id:
+                await self.take_images(job, answer, delivery, collection)
+        except Exception as error:  # noqa: BLE001 - the results stay with the API, to be fetched anew
+            collection.lines.discard(custom_id)
+            self.run.bug(error)
+        finally:
+            line.close()
+
+    async def take_images(
+        self, job: Job, answer: Answer, delivery: Delivery, collection: Collection
+    ) -> None:
+        """Save the images of a job."""
+        saved, _ = await bring(job, lambda: answer, delivery.request_id, self.run)
+        saved = saved._replace(attempts=delivery.attempts, request_id=delivery.request_id)
+        is_unwritten = saved.failure is not None and saved.failure.kind == "write"
+        if is_unwritten and saved.failure:  # it is still there to be fetched once more
+            collection.lines.discard(f"job-{job.number}")
+            self.run.heed(job, saved.failure)
+        if job.number in self.made_by:
+            kept = listing(image.path for image in saved.images.values())
+            self.run.report.warn(f"{job.where}a twin has made it, too; kept as {kept}")
+        elif saved.images or is_unwritten:
+            self.made_by[job.number] = collection.batch_id
+            await self.conclude(job, saved)
+        else:
+            self.failed[job.number] = saved
+
+    async def take_stray(self, result: Result) -> None:
+        """Save what a result brings that nobody has asked for here."""
+        custom_id, delivery, answer = result
+        if answer is not None:
+            job = stray_job(custom_id, self.folder, max(1, len(answer.items)))
+            delivery, _ = await bring(job, lambda: answer, delivery.request_id, self.run)
+        kept = listing(image.path for image in delivery.images.values())
+        self.run.report.warn(
+            f"a result for {one_line(custom_id)}, which is no job of its batch"
+            f"{f'; kept as {kept}' if kept else ''}"
+        )
+
+    async def fail_rest(self, shard: Shard) -> None:
+        """Report the jobs of a shard whose batches have brought no image."""
+        batch = self.batches.get(shard.batch_id or "")
+        failures = self.failures_without_result(shard, batch) if batch else {}
+        for job in self.asked(shard).values():
+            if job.number not in self.outcomes:
+                lost = Delivery(failure=failures.get(job.number))
+                await self.conclude(job, self.failed.get(job.number, lost))
+
+    def failures_without_result(self, shard: Shard, batch: Batch) -> dict[int, Failure]:
         """Say for each job why the files of its batch have no line for it, should that be so."""
         if batch.status == "completed":
-            message = (
-                f"batch {batch.id} has no result for this job; repeat the command to fetch it once "
-                f"more, or delete {self.submission.path} and submit it anew with --skip-existing"
-            )
+            message = f"batch {batch.id} has no result for this job"
+            if not self.collections[batch.id].done:
+                message = (
+                    f"batch {batch.id} has not given all its results; repeat the command to fetch "
+                    "the rest"
+                )
             lost = Failure("bad_answer", message, retryable=True, maybe_billed=True)
             return dict.fromkeys(shard.numbers, lost)
         status = f"batch_{batch.status}"
         own: dict[int, tuple[str, str | None]] = {}  # what is said of a line, and its code
         general: list[str] = []
-        errors = (batch.errors.data if batch.errors else None) or []
-        for error in errors:
-            said = one_line(error.message or error.code)
-            if error.line and error.line <= len(shard.numbers):
-                number = shard.numbers[error.line - 1]
-                own[number] = said, error.code
-                said = f"job {number}: {said}"
+        for line, said, code in batch.errors:
+            if 0 < line <= len(shard.numbers):
+                number = shard.numbers[line - 1]
+                own[number] = said, code
+                said = f"job {number}: {said}"  # noqa: PLW2901
             general.append(said)
-        first = next((error.code for error in errors if error.code), status)
+        first = next((code for _, _, code in batch.errors if code), status)
         failures = {}
         for number in shard.numbers:
             said, code = own.get(number, ("; ".join(general[:3]), first))
             message = f"batch {batch.id} {batch.status}" + (f": {said}" if said else "")
-            passing = bool({status, code} & {*PASSING_CODES})
-            failures[number] = Failure(status, message, code or status, retryable=passing)
+            failures[number] = batch_failure(status, code or status, message)
         return failures
 
-    async def fail_all(self, jobs: Mapping[str, Job], error: JobError) -> None:
+    async def fail_all(self, shard: Shard, error: JobError) -> None:
         """Fail the jobs of a batch that the API does not give out; the others go on."""
-        way_on = f"; if it stays so, delete {self.submission.path} and repeat with --skip-existing"
-        message = error.failure.message + way_on
+        way_on = "was it submitted with another key? Set that, and repeat the command"
+        if not is_unknown(error):
+            way_on = "repeat the command"
+        message = f"{error.failure.message}; {way_on}"
         failure = error.failure._replace(message=message, maybe_billed=True)
-        for job in jobs.values():
-            await self.conclude(job, Delivery(failure=failure))
+        for job in self.asked(shard).values():
+            if job.number not in self.outcomes:
+                await self.conclude(job, Delivery(failure=failure))
+
+    async def tidy(self) -> None:
+        """Delete what a run has uploaded, once all of it is settled."""
+        submission = self.submission
+        ids = {shard.file_id for shard in submission.shards if shard.file_id}
+
+        async def delete(file_id: str) -> None:
+            with suppress(JobError):  # it costs nothing to stay
+                await self.call(
+                    functools.partial(self.api.files.with_raw_response.delete, file_id), mapping
+                )
+
+        if uploaded := ids | set(submission.uploads.values()):
+            await self.together(delete, uploaded)
+            submission.uploads.clear()
+            for shard in submission.shards:
+                shard.file_id = None
+            submission.save()
+
+    # report
 
     async def conclude(self, job: Job, delivery: Delivery) -> Outcome:
         """Report the outcome of a job."""
@@ -5468,7 +6003,8 @@ async def run_batches(plan: Plan, submission: Submission, report: Report) -> lis
             halted = Failure("interrupted", "interrupted", retryable=True)
         run.sending.clear()
         await client.conclude_rest(halted)
-    report.unfinished = options.no_wait and halted is None and not submission.finished
+    waits = any(shard.stage is Stage.CREATED for shard in submission.shards)
+    report.unfinished = options.no_wait and halted is None and waits
     report.close(how_to_go_on(submission), halted)
     return list(client.outcomes.values())
 
@@ -5553,26 +6089,30 @@ def refusing(folder: str) -> Iterator[None]:
         raise UsageError(f"nothing can be done in {folder or '.'}: {one_line(error)}") from None
 
 
-def recall(jobs: Sequence[Job], options: RunOptions) -> tuple[list[Job], dict[str, Entry]]:
+def recall(
+    jobs: Sequence[Job], former: Submission | None, options: RunOptions
+) -> tuple[list[Job], dict[str, Entry]]:
     """Return jobs with what makes their images, and what the folder remembers of its images."""
     folder = options.out_dir or ""
     entries = read_manifest(folder)
-    if options.dry_run and not entries:
+    if options.dry_run and not entries:  # nothing to compare with
         return list(jobs), entries
     if not options.dry_run:
         with refusing(folder):
             finish_images(Manifest(folder, entries))
-    return [with_digest(job) for job in jobs], entries
+    sent = former.sources if former and not former.finished else {}
+    return [with_digest(job, sent) for job in jobs], entries
 
 
 def plan_command(arguments: Arguments, options: RunOptions) -> tuple[Plan, Submission | None]:
     """Read the jobs, choose those that are meant, and find what is there of their images."""
     read, problems = read_jobs(arguments)
     jobs = [plan_outputs(job, options) for job in read]
-    entries = claims = submission = None
+    entries = claims = submission = former = None
     chosen = {job.number for job in jobs}
     if arguments.command == "generate-batch":
-        jobs, entries = recall(jobs, options)
+        former = load_submission(options.out_dir or ".")
+        jobs, entries = recall(jobs, former, options)
         claims = Claims(jobs, entries, options.out_dir or "")
     if options.only is not None and jobs:
         chosen = select_jobs(jobs, options.only, claims.paths if claims else {})
@@ -5582,10 +6122,10 @@ def plan_command(arguments: Arguments, options: RunOptions) -> tuple[Plan, Submi
         problems = [problem for problem in problems if problem[0] not in lines]
     if options.batch_api:
         meant = [job for job in jobs if job.number in chosen]
-        submission = open_submission(None if problems else meant, options)
+        submission = open_submission(former, None if problems else meant, options)
         options = submission.planning(options)
     elif entries is not None:
-        refuse_beside_batches(options.out_dir or ".")
+        refuse_beside_batches(options.out_dir or ".", former)
     claims = None if options.existing == "replace" else claims
     as_they_are = options._replace(remake=False, skip_existing=options.resumes)
     found = [

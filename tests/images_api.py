@@ -1525,6 +1525,14 @@ class ImagesAPI:
         """Waits until so many requests for images have arrived."""
         self.wait_until(lambda all_: sum(r.is_for_images for r in all_) >= count, timeout)
 
+    def wait_for_route(self, route: str, timeout: float = PATIENCE) -> None:
+        """Blocks until a request for a route has arrived."""
+        self.wait_until(lambda all_: any(request.route == route for request in all_), timeout)
+
+    def forget_files(self) -> None:
+        """The account loses all that was uploaded."""
+        self._service.files.clear()
+
     def wait_for_answers(self, count: int, timeout: float = PATIENCE) -> None:
         """Waits until so many requests for images have been answered."""
         self.wait_until(

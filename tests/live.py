@@ -30,6 +30,7 @@ def shorten_waits(patch: pytest.MonkeyPatch) -> None:
     """No run of this process waits for longer than a test needs."""
     patch.setattr(image_gen, "BACK_OFF_SECONDS", 0.01)
     patch.setattr(image_gen, "POLL_SECONDS", 0.005)
+    patch.setattr(image_gen, "LOOK_SECONDS", 0.05)
     # Half the time of a run: nobody cuts the power or speaks TLS here.
     patch.setattr("os.fsync", lambda _: None)
     patch.setattr("ssl.SSLContext.load_verify_locations", lambda *_, **__: None)

@@ -32,6 +32,8 @@ ARROWS = {
     ("PLANNED", "DROPPED"),
     ("UPLOADED", "DROPPED"),
     ("CREATING", "DROPPED"),
+    ("UPLOADED", "PLANNED"),  # the API has lost its lines
+    ("UPLOADED", "CREATED"),  # a batch of these jobs waits already
 }
 
 
@@ -68,8 +70,11 @@ def test_a_state_of_the_former_version_is_read_and_written_as_it_was(
     submission.save()
     assert stage is written(json.loads(Path(STATE_NAME).read_text())).shards[0].stage
     if stage is not Stage.DROPPED:  # nobody asks again how it got there
-        added = {"remake": False, "only": None}
-        assert json.loads(Path(STATE_NAME).read_text()) == state(facts) | added
+        now, then = json.loads(Path(STATE_NAME).read_text()), state(facts)
+        assert {key: now[key] for key in then if key not in ("shards", "started")} == {
+            key: then[key] for key in then if key not in ("shards", "started")
+        }
+        assert now["shards"][0].items() >= then["shards"][0].items()
 
 
 @pytest.mark.parametrize(
@@ -86,7 +91,7 @@ def test_a_shard_steps_along_the_arrows_alone_and_each_step_is_on_disk(
             submission.advance(shard, after)
         assert (shard.stage, json.loads(Path(STATE_NAME).read_text())) == (before, state(facts))
         return
-    shard.file_id = shard.file_id or "file-1"
+    shard.file_id = None if after is Stage.PLANNED else shard.file_id or "file-1"
     if after is Stage.CREATED:
         shard.batch_id = "batch-1"
     submission.advance(shard, after)
@@ -107,7 +112,11 @@ def test_a_shard_steps_along_the_arrows_alone_and_each_step_is_on_disk(
 def test_a_run_is_as_far_as_its_shards(stages: list[Stage], expected: set[str]) -> None:
     facts = {stage: facts for facts, stage in ON_DISK.items()}
     content = state(facts[stages[0]])
-    content["shards"] = [state(facts[stage])["shards"][0] for stage in stages]
+    content["shards"] = [
+        state(facts[stage])["shards"][0] | {"numbers": [number]}
+        for number, stage in enumerate(stages, start=1)
+    ]
+    content["digests"] = content["variants"] = {"1": [0], "2": [0]}
     run = written(content)
     found = {name for name in ("submitted", "finished", "unasked") if getattr(run, name)}
     assert found == expected

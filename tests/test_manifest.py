@@ -534,7 +534,7 @@ def images_to_use() -> Counter[tuple[object, ...]]:
     )
 
 
-@settings(max_examples=40, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, suppress_health_check=list(HealthCheck))
 @given(some.lists(JOBS, min_size=1, max_size=5), some.lists(EDITS, max_size=4), some.data())
 def test_whatever_is_edited_only_what_is_new_is_paid_and_nothing_is_lost(
     run: Run, api: ImagesAPI, jobs: list[Json], edits: list[str], data: some.DataObject

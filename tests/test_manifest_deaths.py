@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections import Counter
 from itertools import count
 from pathlib import Path
@@ -51,7 +52,7 @@ EDITS = {
 }
 
 
-DEATHS = [(what, when) for what in ("write", "sync") for when in ("before", "after")]
+DEATHS = [("write", "before"), ("write", "after"), ("sync", "before")]
 
 
 @pytest.fixture(autouse=True)
@@ -83,14 +84,14 @@ def test_a_run_that_is_killed_loses_no_image_that_it_has_noted_and_makes_none_tw
     death: tuple[str, str],
 ) -> None:
     lives = Lives(api, "--remake", "--concurrency", "1")
+    job_file(*edit.before)
+    assert lives.one(Death()) == 0
+    former = set(map(sha, pictures()))
+    job_file(*edit.after)
     for step in count(1):
-        folder = tmp_path / str(step)
-        folder.mkdir()
+        folder = tmp_path / "steps" / str(step)
+        shutil.copytree(tmp_path, folder, ignore=shutil.ignore_patterns("steps"))
         monkeypatch.chdir(folder)
-        job_file(*edit.before)
-        assert lives.one(Death()) == 0
-        former = set(map(sha, pictures()))
-        job_file(*edit.after)
         died = lives.one(Death(*death, step)) != 0
         noted = {entry["sha256"]: entry["prompt"] for entry in entries()}
         assert lives.one(Death(), "--safety-identifier", str(step)) == 0  # which changes no image
