@@ -336,6 +336,18 @@ def models_with(able: Callable[[ModelFamily], bool]) -> str:
     )
 
 
+def compose_prompt(prompt: str, fields: Mapping[str, str], *, augment: bool) -> str:
+    """Return the prompt as it is sent: one labelled line for each given field."""
+    if not augment:
+        return prompt
+    values = {**fields, "prompt": prompt}
+    return "\n".join(
+        label.format(values[key])
+        for key, label, _ in PROMPT_SECTIONS
+        if key == "prompt" or values.get(key)
+    )
+
+
 def name_format(name: str | None) -> str | None:
     """Return the image format that a file name promises."""
     return SUFFIX_FORMATS.get(os.path.splitext(name or "")[1].lower())
@@ -482,7 +494,8 @@ class ImageRequest(NamedTuple):
     """One request; the fields named in PAYLOAD_KEYS are sent under their own names."""
 
     title: str  # the prompt as the user wrote it
-    prompt: str  # the prompt as it is sent
+    fields: Mapping[str, str] = {}  # what else the prompt has, by PROMPT_FIELDS
+    augment: bool = True
     model: str = DEFAULT_MODEL
     n: int = 1
     size: str = DEFAULT_SIZE
@@ -502,6 +515,11 @@ class ImageRequest(NamedTuple):
     markup: str | None = None
 
     @property
+    def prompt(self) -> str:
+        """The prompt as it is sent; composed anew, so that tens of thousands fit into memory."""
+        return compose_prompt(self.title, self.fields, augment=self.augment)
+
+    @property
     def endpoint(self) -> str:
         """The path of the API that serves the request."""
         return "/v1/images/edits" if self.image else "/v1/images/generations"
@@ -519,8 +537,8 @@ class ImageRequest(NamedTuple):
         return (*self.image, *filter(None, (self.mask, self.markup)))
 
 
-NOT_SENT = ("title", "image", "mask", "markup")
-PAYLOAD_KEYS = tuple(key for key in ImageRequest._fields if key not in NOT_SENT)
+NOT_SENT = ("title", "fields", "augment", "image", "mask", "markup")
+PAYLOAD_KEYS = ("prompt", *(key for key in ImageRequest._fields if key not in NOT_SENT))
 
 
 class RunOptions(NamedTuple):
@@ -1116,37 +1134,23 @@ def build_parser(only: str | None = None) -> Parser:
 # ── 5 · Requests ──────────────────────────────────────────────────────────────────────────────────
 
 
-def compose_prompt(prompt: str, fields: Mapping[str, str], *, augment: bool) -> str:
-    """Return the prompt as it is sent: one labelled line for each given field."""
-    if not augment:
-        return prompt
-    values = {**fields, "prompt": prompt}
-    return "\n".join(
-        label.format(values[key])
-        for key, label, _ in PROMPT_SECTIONS
-        if key == "prompt" or values.get(key)
-    )
-
-
 def request_from_options(values: Mapping[str, Any]) -> ImageRequest:
     """Build the request of a job from flags and keys, by key; None means not given."""
     given = {key: values[key] for key in JOB_OPTIONS if values.get(key) is not None}
     given.setdefault("output_format", name_format(values.get("out")) or DEFAULT_FORMAT)
     fields = {key: values[key] for key in PROMPT_FIELDS if values.get(key)}
     title = (values.get("prompt") or "").strip()
-    prompt = compose_prompt(title, fields, augment=values.get("augment", True))
-    return ImageRequest(title=title, prompt=prompt, **given)
+    return ImageRequest(sys.intern(title), fields, values.get("augment", True), **given)
 
 
-def read_file(name: str, what: str) -> bytes:
-    """Read a whole input file; - is standard input."""
+@contextmanager
+def opened(name: str, what: str) -> Iterator[BinaryIO]:
+    """Open an input file; - is standard input."""
     if name == "-" and sys.stdin is None:
         raise UsageError(f"{what} - cannot be read: standard input is closed")
     try:
-        if name == "-":
-            return sys.stdin.buffer.read()
-        with open(name, "rb") as file:
-            return file.read()
+        with nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as file:
+            yield file
     except OSError as error:
         raise UsageError(f"{what} {name} cannot be read: {error.strerror or error}") from None
 
@@ -1160,7 +1164,8 @@ def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
             raise UsageError("no prompt: give --prompt TEXT or --prompt-file FILE (- for stdin)")
         return prompt
     try:
-        content = read_file(prompt_file, "--prompt-file").decode("utf-8-sig")
+        with opened(prompt_file, "--prompt-file") as file:
+            content = file.read().decode("utf-8-sig")
         return as_text(content.replace("\r\n", "\n").replace("\r", "\n"))
     except UnicodeDecodeError as error:
         raise UsageError(f"--prompt-file {prompt_file} is not UTF-8: {error.reason}") from None
@@ -1265,11 +1270,11 @@ def slugify(title: str) -> str:
     return slug[:60].strip("-") or "job"
 
 
-def job_lines(content: bytes) -> Iterator[tuple[int, str | UnicodeDecodeError]]:
+def job_lines(file: Iterable[bytes]) -> Iterator[tuple[int, str | UnicodeDecodeError]]:
     """Yield the number and the content of each line that holds a job."""
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+    for number, line in enumerate(file, start=1):
         try:
-            stripped = line.decode().strip()
+            stripped = line.removeprefix(b"\xef\xbb\xbf" * (number == 1)).decode().strip()
         except UnicodeDecodeError as error:
             yield number, error
         else:
@@ -1277,29 +1282,41 @@ def job_lines(content: bytes) -> Iterator[tuple[int, str | UnicodeDecodeError]]:
                 yield number, stripped
 
 
+def read_job(
+    number: int, line_number: int, line: str | UnicodeDecodeError, flags: Mapping[str, Any]
+) -> tuple[Job, list[str]]:
+    """Read a job of a batch, and what is wrong with its line."""
+    try:
+        given, wrong = convert_job(parse_job_line(line))
+    except ImageGenError as error:
+        given, wrong = {"prompt": "(refused)"}, [str(error)]
+    request = request_from_options({**flags, **given})
+    automatic = f"{number:03d}-{slugify(request.title)}"
+    name = given.get("out", automatic)
+    job = Job(number, line_number, request, flags.get("out_dir") or "", name)
+    return job._replace(automatic=name is automatic), wrong
+
+
 def read_batch(arguments: Arguments) -> tuple[list[Job], list[tuple[int, str]]]:
     """Read the jobs of a batch, and the problems of lines, by line number."""
-    source = arguments.input
-    lines = list(job_lines(read_file(source, "--input")))
-    if not lines:
-        raise UsageError(f"--input {source} holds no job; write one a line")
+    source, flags = arguments.input, {**vars(arguments), "prompt": None}
     most = MAX_BATCH_API_JOBS if arguments.batch_api else MAX_JOBS
-    if len(lines) > most and arguments.options.only is None:
+    if arguments.options.only is not None:  # which says how many of them
+        most = sys.maxsize
+    jobs: list[Job] = []
+    problems: list[tuple[int, str]] = []
+    number = 0
+    with opened(source, "--input") as file:
+        for number, (line_number, line) in enumerate(job_lines(file), start=1):
+            if number <= most:
+                job, wrong = read_job(number, line_number, line, flags)
+                jobs.append(job)
+                problems += [(line_number, problem) for problem in wrong]
+    if not number:
+        raise UsageError(f"--input {source} holds no job; write one a line")
+    if number > most:
         hint = "" if arguments.batch_api else f"; --batch-api takes {MAX_BATCH_API_JOBS:,}"
-        raise UsageError(f"--input {source} holds {len(lines):,} jobs; accepted are {most:,}{hint}")
-    jobs = []
-    problems = []
-    for number, (line_number, line) in enumerate(lines, start=1):
-        try:
-            given, wrong = convert_job(parse_job_line(line))
-        except ImageGenError as error:
-            given, wrong = {"prompt": "(refused)"}, [str(error)]
-        problems += [(line_number, problem) for problem in wrong]
-        request = request_from_options({**vars(arguments), "prompt": None, **given})
-        automatic = f"{number:03d}-{slugify(request.title)}"
-        name = given.get("out", automatic)
-        job = Job(number, line_number, request, arguments.out_dir or "", name)
-        jobs.append(job._replace(automatic=name is automatic))
+        raise UsageError(f"--input {source} holds {number:,} jobs; accepted are {most:,}{hint}")
     return jobs, problems
 
 
@@ -1670,6 +1687,7 @@ def read_entry(line: bytes) -> Entry | None:
     with suppress(ValueError, TypeError, RecursionError):
         fields = mapping(json.loads(line))
         entry = Entry(**{key: fields[key] for key in Entry._fields if key in fields})
+        entry = entry._replace(usage=None, prompt=sys.intern(entry.prompt))  # as the job has it
         texts = (entry.name, entry.temporary, entry.prompt, entry.sha256, entry.image)
         numbers = (entry.bytes, entry.mtime)
         if (
@@ -3520,7 +3538,8 @@ class Manifest:
         """Add entries that outlive a power cut; where that fails, an image is worth more."""
         lines = b"".join(json.dumps(entry._asdict()).encode() + b"\n" for entry in entries)
         with self.lock:
-            self.entries |= {entry.name: entry for entry in entries}
+            # What an answer has used is for the file alone: it is half of what an entry takes.
+            self.entries |= {entry.name: entry._replace(usage=None) for entry in entries}
             for entry in entries:
                 if entry.void:
                     del self.entries[entry.name]
@@ -4135,7 +4154,7 @@ class Report:
         made_anew = options.force or (options.only is not None and options.remake)
         for condition, jobs in sorted(self.left.items()):
             again = "repeat the command with --skip-existing"
-            if options.remake:
+            if options.remake or resume:
                 again = "repeat the command"
             if condition == CONDITIONS["stale"]:
                 again = "repeat the command with --remake"
@@ -4742,9 +4761,8 @@ STOPPING = (*ENDED, "cancelling")
 # Of a batch's metadata: its run and shard, and digests of the jobs and of the folder.
 RUN_KEY, SHARD_KEY = "image_gen_run", "image_gen_shard"
 JOBS_KEY, FOLDER_KEY = "image_gen_jobs", "image_gen_folder"
-# What proves that no batch was created; any other error leaves it in doubt.
-REFUSED = ("wait", "fail", "stop model", "stop run")
 MAX_PAST = 1000  # batches of former runs that a state remembers
+TIDY_SECONDS = 10.0  # for the deletion of a file
 CALLS_AT_ONCE = 8  # uploads and deletions of files
 LINES_AT_ONCE = 4  # a line holds all images of a job, so these bound the memory
 LINE_BYTES_AT_ONCE = 64 * 1024 * 1024
@@ -4759,6 +4777,10 @@ class OddAnswerError(Exception):
         text = body if isinstance(body, str) else json.dumps(body, default=repr)
         said = one_line(explanation(text))[:100] or "nothing"
         super().__init__(f"{wanted} was asked for, and the answer is {said}")
+
+
+class OtherRangeError(Exception):
+    """Another part of a file came than was asked for."""
 
 
 def is_id(value: object) -> bool:
@@ -4801,8 +4823,8 @@ class Batch(NamedTuple):
     def read(cls, value: object, batch_id: str = "") -> Batch:
         """Check an answer; the id is known where the batch was asked for by it."""
         fields = mapping(value)
-        own_id = fields.get("id") or batch_id
-        if not is_id(own_id) or not isinstance(fields.get("status"), str):
+        own_id, status = fields.get("id") or batch_id, fields.get("status")
+        if not is_id(own_id) or batch_id not in ("", own_id) or not isinstance(status, str):
             raise OddAnswerError("a batch", value)
         counts = mapping(fields.get("request_counts"))
         numbers = [whole_number(counts.get(key)) for key in ("total", "completed", "failed")]
@@ -4816,7 +4838,7 @@ class Batch(NamedTuple):
             errors.append((whole_number(error.get("line")) or 0, said, known))
         return cls(
             own_id,
-            fields["status"],
+            one_line(status)[:40],
             tuple(
                 fields[key] for key in ("output_file_id", "error_file_id") if is_id(fields.get(key))
             ),
@@ -5141,7 +5163,9 @@ def open_submission(
             f"and the former --input; to give up its images, delete {former.path}"
         )
     strange = former.account not in ("", account_digest(former.id))
-    if strange and not former.finished and not options.dry_run:
+    if strange and former.unasked and not options.cancel:
+        return new_submission(folder, None, options)
+    if strange and not (former.finished or former.unasked or options.dry_run):
         raise UsageError(
             f"{folder} was submitted with another OPENAI_BASE_URL, OPENAI_ORG_ID or "
             "OPENAI_PROJECT_ID; set what was set then, and repeat the command"
@@ -5200,8 +5224,14 @@ def stray_job(custom_id: str, folder: str, count: int) -> Job:
     """Stand in for the job of a result that nobody asked for here: it may have been paid for."""
     names = [f"unmatched-{slugify(custom_id)}-{number}.png" for number in range(1, count + 1)]
     outputs = tuple(Output(os.path.join(folder, name), collected=True) for name in names)
-    request = ImageRequest(custom_id, custom_id)
+    request = ImageRequest(custom_id)
     return Job(0, 0, request, folder, None, outputs=outputs, missing=outputs)
+
+
+def number_in(custom_id: str) -> int:
+    """Return the number of the job that a line is about; 0 if it is none of ours."""
+    found = re.fullmatch(r"job-([1-9][0-9]{0,8})", custom_id)
+    return int(found[1]) if found else 0
 
 
 class Result(NamedTuple):
@@ -5210,6 +5240,7 @@ class Result(NamedTuple):
     custom_id: str
     delivery: Delivery  # so far
     answer: Answer | None = None  # whose images are to be saved
+    is_done: bool = True  # whatever came of it
 
 
 def read_result(file: Spool) -> Result:
@@ -5225,7 +5256,8 @@ def read_result(file: Spool) -> Result:
     if not response:
         code = str(error.get("code") or "batch_error")
         message = one_line(error.get("message") or "the batch has no answer for this job")
-        return Result(custom_id, Delivery(failure=batch_failure(code, code, message)))
+        failure = batch_failure(code, code, message)
+        return Result(custom_id, Delivery(failure=failure), is_done=not code.startswith("batch_"))
     body, status = response.get("body"), response.get("status_code")
     sent = Delivery(attempts=1, request_id=str(response.get("request_id") or "") or None)
     if status != 200:
@@ -5245,6 +5277,9 @@ def batch_failure(kind: str, code: str, message: str) -> Failure:
 def judge_call(error: Exception) -> Verdict:
     """Judge an error of the calls that are not about one image."""
     verdict, answer = verdict_of(error), error.__cause__ or error
+    if isinstance(error, OtherRangeError):
+        said = "another part of a file came than was asked for"
+        return Verdict("retry", Failure("bad_answer", said, retryable=True))
     if isinstance(error, OddAnswerError):
         said = f"the Batch API answers oddly: {error}; a proxy, or a portal to sign in at?"
         return Verdict("retry", Failure("bad_answer", said, retryable=True))
@@ -5257,29 +5292,49 @@ def judge_call(error: Exception) -> Verdict:
     return verdict
 
 
+def is_refused(error: Exception) -> bool:
+    """Tell whether an error proves that no batch was created."""
+    cause = error.__cause__ or error
+    if isinstance(cause, ErrorAnswer):
+        return cause.status < 500 and cause.status not in (408, 409)
+    failure = verdict_of(error).failure
+    return failure.kind == "connection" and not failure.maybe_billed
+
+
 def is_unknown(error: JobError) -> bool:
     """Tell whether a call has failed as the API does not know what it is about."""
     return (error.failure.kind, error.failure.code) == ("batch_api", "404")
 
 
+def is_recent(shard: Shard) -> bool:
+    """Tell whether a batch was asked for some minutes ago at most, by another process."""
+    return 0 <= time.time() - shard.asked_at < LAG_SECONDS
+
+
 class Collection:
     """What a batch has brought in this process."""
 
-    def __init__(self, batch_id: str, jobs: Mapping[str, Job]) -> None:
+    def __init__(self, batch_id: str, numbers: Iterable[int]) -> None:
         self.batch_id = batch_id
-        self.jobs = jobs  # by custom_id
+        self.numbers = frozenset(numbers)
         self.done = False  # nothing of it is left to fetch
         self.lacking: float | None = None  # since when it is known that something is
         self.offsets: dict[str, int] = {}  # of the line that comes next, in each of its files
         self.lines: set[str] = set()  # the custom_ids that have been read
+        self.answered: set[str] = set()  # those of requests that were done
         self.later: list[tuple[Result, Spool]] = []  # further lines of theirs
-        self.torn = False  # a line could not be read or saved
+        self.unreadable: set[int] = set()  # the sizes of lines that were kept as they are
 
     def has_all(self, batch: Batch) -> bool:
-        """Tell whether the lines account for what the batch says it has done."""
-        if batch.counts is not None:
-            return len(self.lines) >= batch.counts[1] + batch.counts[2]
-        return not self.torn and (batch.status != "completed" or len(self.lines) >= len(self.jobs))
+        """Tell whether the lines account for what the batch says it has done.
+
+        Counts of none, as lagging servers and some gateways have them, say nothing.
+        """
+        if batch.status == "failed" or len(self.lines) >= len(self.numbers):
+            return True
+        if batch.status == "completed" or batch.counts is None:
+            return False
+        return len(self.answered) >= batch.counts[1] + batch.counts[2]
 
 
 class BatchClient:
@@ -5291,14 +5346,16 @@ class BatchClient:
         self.submission = submission
         self.jobs = {job.number: job for job in jobs}
         self.folder = os.path.dirname(submission.path)
-        self.outcomes: dict[int, Outcome] = {}
+        self.ended: set[int] = set()  # the jobs whose end is reported
+        self.outcomes: list[Outcome] | None = None  # if they are wanted
         self.collections: dict[str, Collection] = {}  # by batch
         self.batches: dict[str, Batch] = {}  # as they ended
         self.failed: dict[int, Delivery] = {}  # jobs that have an error, if no image comes
         self.made_by: dict[int, str] = {}  # the batches of the jobs that have their images
+        self.sent_at: dict[int, float] = {}  # when creations were asked for, by shard
         self.stopped: set[str] = set()  # twins that were cancelled
         self.known_files: set[str] = set()  # that have been asked for, or uploaded, just now
-        self.told_of_error: tuple[str, str | None] | None = None
+        self.troubles: dict[str, tuple[str, str | None]] = {}  # the last one, by batch
 
     # calls
 
@@ -5339,10 +5396,17 @@ class BatchClient:
     async def wait(self, patience: Patience, error: Exception) -> None:
         """Wait until a call that failed can be made again, or raise the JobError that ends it."""
         verdict = judge_call(error)
+        if verdict.failure.code == "404" and self.is_new:  # a replica lags
+            verdict = verdict._replace(action="retry")
         delay = patience.after(verdict)
         patience.spend(delay)
         self.run.report.note(f"{verdict.failure.message}; again in {delay:.1f} s")
         await self.run.halt.sleep(delay)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether a batch was created, or asked for, by this process some minutes ago at most."""
+        return self.run.clock() - max(self.sent_at.values(), default=-LAG_SECONDS) < LAG_SECONDS
 
     async def together(self, work: Callable[[T], Awaitable[None]], items: Iterable[T]) -> None:
         """Do something for each of the items, some at a time."""
@@ -5361,15 +5425,18 @@ class BatchClient:
 
     # submit
 
-    def asked(self, shard: Shard) -> dict[str, Job]:
-        """Return the jobs of a shard by custom_id, with the outputs that were submitted."""
-        found = {}
-        for number in shard.numbers:
+    def asked(self, numbers: Iterable[int]) -> Iterator[Job]:
+        """Yield jobs with the outputs that were submitted."""
+        for number in numbers:
             job = self.jobs[number]
             outputs = tuple(output._replace(collected=True) for output in job.outputs)
             missing = tuple(outputs[variant] for variant in self.submission.variants[number])
-            found[f"job-{number}"] = job._replace(outputs=outputs, missing=missing)
-        return found
+            yield job._replace(outputs=outputs, missing=missing)
+
+    def asked_job(self, custom_id: str, collection: Collection) -> Job | None:
+        """Return the job of a line; None if its batch was not asked for it."""
+        number = number_in(custom_id)
+        return next(self.asked([number])) if number in collection.numbers else None
 
     async def submit(self) -> None:
         """Create the batches that do not exist yet; a refused one does not stop the others."""
@@ -5441,7 +5508,7 @@ class BatchClient:
 
     async def upload_lines(self, shard: Shard) -> None:
         """Upload the jobs of a shard, one a line."""
-        jobs = list(self.asked(shard).values())
+        jobs = list(self.asked(shard.numbers))
         file_ids = await self.upload_inputs(jobs)
         with tempfile.TemporaryFile(dir=self.folder) as file:
             for job in jobs:
@@ -5492,13 +5559,12 @@ class BatchClient:
             shard.attempts += 1
             shard.asked_at = time.time()
             advance(shard, Stage.CREATING)
+            self.sent_at[shard.index] = self.run.clock()
             ask = functools.partial(create, input_file_id=shard.file_id or "")
             try:
                 shard.batch_id = (await self.once(ask, Batch.read)).id
             except api_errors(OddAnswerError, TimeoutError) as error:
-                verdict = judge_call(error)
-                unsent = verdict.failure.kind == "connection" and not verdict.failure.maybe_billed
-                if verdict.action in REFUSED or unsent:
+                if is_refused(error):
                     advance(shard, Stage.UPLOADED)
                 await self.wait(patience, error)
             else:
@@ -5548,14 +5614,17 @@ class BatchClient:
                 "submitted with another key? Set that, and repeat the command"
             )
             raise JobError(Failure("batch_api", message, retryable=True))
-        delay, end = FIRST_LOOK_SECONDS, shard.asked_at + LOOK_SECONDS
+        passed = time.time() - shard.asked_at  # for all that another process can know
+        if shard.index in self.sent_at:
+            passed = self.run.clock() - self.sent_at[shard.index]
+        delay, end = FIRST_LOOK_SECONDS, self.run.clock() + LOOK_SECONDS - passed
         while True:
             if found := await self.matches(shard):
                 shard.batch_id, *shard.twins = found
                 self.submission.advance(shard, Stage.CREATED)
                 return True
-            left = end - time.time()
-            if not 0 < left <= LOOK_SECONDS:
+            left = end - self.run.clock()
+            if passed < 0 or left <= 0:
                 return False
             if delay == FIRST_LOOK_SECONDS:
                 self.run.report.note(f"looking for its batch for {left:.0f} s, before another try")
@@ -5570,23 +5639,31 @@ class BatchClient:
         own = {*self.submission.past, *self.submission.batch_ids}
         for batch in await self.listing(since):
             said = batch.metadata
-            same = said.get(JOBS_KEY) == metadata[JOBS_KEY] and batch.id not in own
+            same = said.get(JOBS_KEY) == metadata[JOBS_KEY]
             here = said.get(FOLDER_KEY) == metadata[FOLDER_KEY]
             pending = batch.status not in STOPPING
-            if not same or not (pending or (here and batch.status == "completed")):
+            waits = pending or (batch.status == "completed" and not self.submission.force)
+            if batch.id in own or said.get(RUN_KEY) == self.submission.id:
                 continue
-            if self.submission.force and not pending:
-                continue
-            if here:
+            if same and here and waits:
                 self.run.report.note(f"batch {batch.id} was submitted for these jobs, going on")
                 shard.batch_id = batch.id
+                self.sent_at[shard.index] = self.run.clock()
                 self.submission.advance(shard, Stage.CREATED)
                 return
-            remove_files([self.submission.path])
-            raise UsageError(
-                f"batch {batch.id} does these jobs already, for another folder or machine: collect "
-                "it there, or cancel it; with another prompt, --out or line it is not the same job"
-            )
+            if pending and (same or here) and not self.submission.force:
+                self.refuse_beside(batch, same=same)
+
+    def refuse_beside(self, batch: Batch, *, same: bool) -> NoReturn:
+        """Refuse to submit what another batch may be doing already."""
+        whose = "was submitted from this folder for other jobs, and is not collected: collect it"
+        if same:
+            whose = "does these jobs already, for another folder or machine: collect it there"
+        message = f"batch {batch.id} {whose} by the former --input, cancel it, or add --force"
+        if not self.submission.unasked:
+            raise JobError(Failure("batch_api", message))
+        remove_files([self.submission.path])
+        raise UsageError(message)
 
     async def find_twins(self, shard: Shard) -> None:
         """Cancel what else was created for the jobs of a shard; what it has made is collected."""
@@ -5601,9 +5678,8 @@ class BatchClient:
                 self.submission.save()
                 self.run.report.warn(f"batch {batch_id} is a twin of {shard.batch_id}")
         for batch_id in shard.twins:
-            if batch_id not in self.stopped:
+            if batch_id not in self.stopped and await self.cancel_batch(batch_id):
                 self.stopped.add(batch_id)
-                await self.cancel_batch(batch_id)
 
     # cancel
 
@@ -5626,20 +5702,22 @@ class BatchClient:
                 self.run.report.error(f"not cancelled: {error.failure.message}")
         submission.save()
 
-    async def cancel_batch(self, batch_id: str) -> None:
+    async def cancel_batch(self, batch_id: str) -> bool:
         """Ask for the end of a batch; one that has ended by itself is collected as it is."""
         cancel = functools.partial(self.api.batches.with_raw_response.cancel, batch_id)
         try:
             await self.call(cancel, functools.partial(Batch.read, batch_id=batch_id))
         except JobError as error:
+            said = error.failure.message
             with suppress(JobError):
-                if (batch := await self.look(batch_id)).status not in ENDED:
-                    said = f"{error.failure.message}; it is {batch.status}"
-                    self.run.report.error(f"batch {batch_id} is not cancelled: {said}")
-                return
-            self.run.report.error(f"batch {batch_id} is not cancelled: {error.failure.message}")
-        else:
-            self.run.report.note(f"batch {batch_id}: cancelling")
+                batch = await self.look(batch_id)
+                if batch.status in STOPPING:
+                    return True
+                said += f"; it is {batch.status}"
+            self.run.report.error(f"batch {batch_id} is not cancelled: {said}")
+            return False
+        self.run.report.note(f"batch {batch_id}: cancelling")
+        return True
 
     # collect
 
@@ -5656,42 +5734,34 @@ class BatchClient:
         """
         retrieve = functools.partial(self.api.batches.with_raw_response.retrieve, batch_id)
         read = functools.partial(Batch.read, batch_id=batch_id)
+        ask = self.call if self.run.options.no_wait else self.once
         try:
-            if self.run.options.no_wait:
-                batch = await self.call(retrieve, read)
-            else:
-                batch = await self.once(retrieve, read)
-        except JobError as error:
-            if is_unknown(error) and 0 <= time.time() - shard.asked_at < LAG_SECONDS:
-                return None
-            raise
-        except api_errors(OddAnswerError, TimeoutError) as error:
-            verdict = judge_call(error)
-            if verdict.action not in ("retry", "wait"):
+            batch = await ask(retrieve, read)
+        except api_errors(JobError, OddAnswerError, TimeoutError) as error:
+            failed = error
+            if not isinstance(failed, JobError):
+                verdict = judge_call(error)
                 failed = JobError(verdict.failure, verdict.action)
-                if is_unknown(failed) and 0 <= time.time() - shard.asked_at < LAG_SECONDS:
-                    return None
+            lags = is_unknown(failed) and (self.is_new or is_recent(shard))
+            if not (lags or failed.failure.retryable):
                 raise failed from None
-            kind = verdict.failure.kind, verdict.failure.code
-            if kind != self.told_of_error:  # hours of it are told once
-                self.told_of_error = kind
-                self.run.report.note(f"{verdict.failure.message}; the batches go on")
+            kind = failed.failure.kind, failed.failure.code
+            if kind != self.troubles.get(batch_id):  # hours of it are told once
+                self.troubles[batch_id] = kind
+                self.run.report.note(f"{failed.failure.message}; the batches go on")
             return None
         counts = ", {1}/{0} done, {2} failed".format(*batch.counts) if batch.counts else ""
         line = f"batch {batch.id}: {batch.status}{counts}"
         if line != shard.told:
             shard.told = line
             self.run.report.note(line)
-        self.told_of_error = None
+        self.troubles.pop(batch_id, None)
         return batch
 
     async def collect(self) -> None:
         """Poll until all batches have ended, and collect each as it ends."""
         options, delay = self.run.options, 0.0
         left = [shard for shard in self.submission.shards if shard.stage is Stage.CREATED]
-        for shard in left:
-            if shard.attempts > 1 or shard.twins:  # what got lost may have come through since
-                await self.find_twins(shard)
         while left:
             await self.run.halt.sleep(delay)
             delay = min(MAX_POLL_SECONDS, max(POLL_SECONDS, delay * 1.5))
@@ -5704,9 +5774,11 @@ class BatchClient:
 
     async def visit(self, shard: Shard) -> bool:
         """Look at the batches of a shard, and collect them; tell whether that is all for now."""
+        if shard.attempts > 1 or shard.twins:  # what got lost may have come through since
+            await self.find_twins(shard)
         for batch_id in shard.batch_ids:
             if batch_id not in self.collections:
-                self.collections[batch_id] = Collection(batch_id, self.asked(shard))
+                self.collections[batch_id] = Collection(batch_id, shard.numbers)
             collection = self.collections[batch_id]
             if collection.done:
                 continue
@@ -5718,6 +5790,10 @@ class BatchClient:
             except JobError as error:
                 if error.action == "stop run":
                     raise
+                if batch_id in shard.twins:  # which holds up nothing
+                    collection.done = True
+                    self.run.report.warn(f"batch {batch_id}: {error.failure.message}")
+                    continue
                 await self.fail_all(shard, error)
                 return True
             if not collection.done:
@@ -5743,24 +5819,32 @@ class BatchClient:
             collection.lacking = now
             results = counted(len(collection.lines), "result")
             self.run.report.note(f"batch {batch.id}: only {results} so far; asking again")
+        collection.offsets.clear()  # a range may have been another one
         if now - collection.lacking < options.max_wait:
             return False
+        collection.done = options.cancel or batch.status == "cancelled"  # and not to be had
         await self.fail_rest(shard)
-        if options.cancel:  # there is nothing more to be had
+        if collection.done:
             self.submission.advance(shard, Stage.SETTLED)
         return True
 
     async def lines_of(self, file_id: str, offset: int) -> AsyncGenerator[tuple[Spool, bool]]:
         """Download a file from an offset on, line by line; tell whether each has its end."""
         content = self.api.files.with_streaming_response.content
-        headers = {"range": f"bytes={offset}-"} if offset else {}
+        headers = {"accept-encoding": "identity"}  # so that offsets are those of the file
+        if offset:
+            headers["range"] = f"bytes={offset}-"
         clock, seconds = self.run.clock, self.run.options.timeout
         end = clock() + seconds
         async with AsyncExitStack() as stack:
             response = await self.within(
                 stack.enter_async_context(content(file_id, extra_headers=headers)), seconds
             )
-            behind = 0 if response.status_code == 206 else offset  # that was read before
+            start = re.match(r"bytes (\d+)-", response.headers.get("content-range", ""))
+            first = int(start[1]) if start else offset if response.status_code == 206 else 0
+            if first > offset:
+                raise OtherRangeError
+            behind = offset - first  # was read before
             chunks, line = response.iter_bytes(), Spool()
             stack.callback(line.close)
             while chunk := await self.within(anext(chunks, b""), end - clock()):
@@ -5785,14 +5869,17 @@ class BatchClient:
                     async for line, is_whole in lines:
                         await self.make_room(work, line.size)
                         self.run.halt.check()
-                        work[asyncio.create_task(self.take_line(line, collection))] = line.size
+                        take = self.take_line(line, collection, is_whole=is_whole)
+                        work[asyncio.create_task(take)] = line.size
                         if is_whole:
                             offsets[file_id] = offsets.get(file_id, 0) + line.size + 1
                             patience = Patience(self.run.options)
-            except api_errors(TimeoutError) as error:
+            except api_errors(OtherRangeError, TimeoutError) as error:
                 cause = error.__cause__ or error
-                if isinstance(cause, ErrorAnswer) and cause.status == 416:  # all of it is read
-                    return
+                if isinstance(cause, ErrorAnswer) and cause.status in (404, 416):
+                    return  # not there yet, or all of it is read
+                if isinstance(error, OtherRangeError):
+                    del offsets[file_id]
                 await self.wait(patience, error)
             else:
                 return
@@ -5808,27 +5895,34 @@ class BatchClient:
             for task in ended:
                 del work[task]
 
-    async def take_line(self, line: Spool, collection: Collection) -> None:
+    async def take_line(self, line: Spool, collection: Collection, *, is_whole: bool) -> None:
         """Read a line, and save what it brings."""
         try:
             result = await self.run.in_saver(read_result, line)
         except (ValueError, RecursionError):
-            collection.torn = collection.torn or bool(line.read().strip())
+            name = os.path.join(self.folder, f"unreadable-{collection.batch_id}")
+            if is_whole and line.read().strip() and line.size not in collection.unreadable:
+                collection.unreadable.add(line.size)
+                self.run.report.warn(f"a line is no result{keep_answer(name, line.read)}")
             line.close()
             return
-        if result.custom_id in collection.lines:
+        number = number_in(result.custom_id)
+        if result.custom_id not in collection.lines:
+            collection.lines.add(result.custom_id)
+            await self.take(result, line, collection)
+        elif self.made_by.get(number) == collection.batch_id:
+            line.close()
+        else:
             collection.later.append((result, line))  # which of them has the image?
-            return
-        collection.lines.add(result.custom_id)
-        await self.take(result, line, collection)
 
     async def take(self, result: Result, line: Spool, collection: Collection) -> None:
         """Save what a result brings; an error counts only if no image comes."""
-        custom_id, delivery, answer = result
-        job = collection.jobs.get(custom_id)
+        custom_id, delivery, answer, is_done = result
+        job = self.asked_job(custom_id, collection)
+        if is_done:
+            collection.answered.add(custom_id)
         try:
             if job is None:
-                collection.lines.discard(custom_id)
                 await self.take_stray(result)
             elif answer is None:
                 self.failed.setdefault(job.number, delivery)
@@ -5836,6 +5930,7 @@ class BatchClient:
                 await self.take_images(job, answer, delivery, collection)
         except Exception as error:  # noqa: BLE001 - the results stay with the API, to be fetched anew
             collection.lines.discard(custom_id)
+            collection.answered.discard(custom_id)
             self.run.bug(error)
         finally:
             line.close()
@@ -5849,6 +5944,7 @@ class BatchClient:
         is_unwritten = saved.failure is not None and saved.failure.kind == "write"
         if is_unwritten and saved.failure:  # it is still there to be fetched once more
             collection.lines.discard(f"job-{job.number}")
+            collection.answered.discard(f"job-{job.number}")
             self.run.heed(job, saved.failure)
         if job.number in self.made_by:
             kept = listing(image.path for image in saved.images.values())
@@ -5861,7 +5957,7 @@ class BatchClient:
 
     async def take_stray(self, result: Result) -> None:
         """Save what a result brings that nobody has asked for here."""
-        custom_id, delivery, answer = result
+        custom_id, delivery, answer, _ = result
         if answer is not None:
             job = stray_job(custom_id, self.folder, max(1, len(answer.items)))
             delivery, _ = await bring(job, lambda: answer, delivery.request_id, self.run)
@@ -5875,9 +5971,10 @@ class BatchClient:
         """Report the jobs of a shard whose batches have brought no image."""
         batch = self.batches.get(shard.batch_id or "")
         failures = self.failures_without_result(shard, batch) if batch else {}
-        for job in self.asked(shard).values():
-            if job.number not in self.outcomes:
-                lost = Delivery(failure=failures.get(job.number))
+        unknown = Failure("batch_api", f"batch {shard.batch_id} says nothing of this job")
+        for job in self.asked(shard.numbers):
+            if job.number not in self.ended:
+                lost = Delivery(failure=failures.get(job.number, unknown))
                 await self.conclude(job, self.failed.get(job.number, lost))
 
     def failures_without_result(self, shard: Shard, batch: Batch) -> dict[int, Failure]:
@@ -5885,11 +5982,8 @@ class BatchClient:
         if batch.status == "completed":
             message = f"batch {batch.id} has no result for this job"
             if not self.collections[batch.id].done:
-                message = (
-                    f"batch {batch.id} has not given all its results; repeat the command to fetch "
-                    "the rest"
-                )
-            lost = Failure("bad_answer", message, retryable=True, maybe_billed=True)
+                message = f"batch {batch.id} has not given all its results"
+            lost = Failure("batch_api", message, retryable=True, maybe_billed=True)
             return dict.fromkeys(shard.numbers, lost)
         status = f"batch_{batch.status}"
         own: dict[int, tuple[str, str | None]] = {}  # what is said of a line, and its code
@@ -5915,26 +6009,28 @@ class BatchClient:
             way_on = "repeat the command"
         message = f"{error.failure.message}; {way_on}"
         failure = error.failure._replace(message=message, maybe_billed=True)
-        for job in self.asked(shard).values():
-            if job.number not in self.outcomes:
+        for job in self.asked(shard.numbers):
+            if job.number not in self.ended:
                 await self.conclude(job, Delivery(failure=failure))
 
     async def tidy(self) -> None:
         """Delete what a run has uploaded, once all of it is settled."""
-        submission = self.submission
-        ids = {shard.file_id for shard in submission.shards if shard.file_id}
+        submission, left = self.submission, set(self.submission.uploads.values())
+        left |= {shard.file_id for shard in submission.shards if shard.file_id}
 
         async def delete(file_id: str) -> None:
-            with suppress(JobError):  # it costs nothing to stay
-                await self.call(
-                    functools.partial(self.api.files.with_raw_response.delete, file_id), mapping
-                )
+            remove = self.api.files.with_raw_response.delete(file_id)
+            await self.within(remove, TIDY_SECONDS)
+            left.discard(file_id)
 
-        if uploaded := ids | set(submission.uploads.values()):
-            await self.together(delete, uploaded)
-            submission.uploads.clear()
+        if left:
+            # Once, for it costs nothing if they stay; the next run of the folder may try again.
+            with suppress(*api_errors(TimeoutError)):
+                await self.together(delete, tuple(left))
+            kept = {digest: name for digest, name in submission.uploads.items() if name in left}
+            submission.uploads = kept
             for shard in submission.shards:
-                shard.file_id = None
+                shard.file_id = shard.file_id if shard.file_id in left else None
             submission.save()
 
     # report
@@ -5942,7 +6038,9 @@ class BatchClient:
     async def conclude(self, job: Job, delivery: Delivery) -> Outcome:
         """Report the outcome of a job."""
         outcome = await conclude(job, delivery, self.run)
-        self.outcomes[job.number] = outcome
+        self.ended.add(job.number)
+        if self.outcomes is not None:
+            self.outcomes.append(outcome)
         self.run.report.add(outcome)
         return outcome
 
@@ -5950,7 +6048,7 @@ class BatchClient:
         """Report the jobs that no batch has settled in this process."""
         shards = {number: shard for shard in self.submission.shards for number in shard.numbers}
         for number, job in self.jobs.items():
-            if number not in self.outcomes:
+            if number not in self.ended:
                 await self.conclude(*self.rest_of(job, shards.get(number), halted))
 
     def rest_of(
@@ -5970,7 +6068,7 @@ class BatchClient:
             behind = halted.cause if halted else ""
             waits = f"in batch {batch_id}"
             reason = Failure("submitted", waits, retryable=True, behind=behind)
-        elif stage is Stage.DROPPED:
+        elif stage is Stage.DROPPED or self.run.options.cancel:
             message = "cancelled before it was submitted"
             reason = Failure("cancelled", message, retryable=True)
         else:
@@ -5991,6 +6089,7 @@ async def run_batches(plan: Plan, submission: Submission, report: Report) -> lis
             raise UsageError(f"{problem}: {one_line(error)}") from None
         run.sending.add(asyncio.current_task())  # a second signal ends it at once
         client = BatchClient(run, submission, plan.jobs)
+        client.outcomes = [] if plan.sheet else None
         try:
             await (client.cancel() if options.cancel else client.submit())
             await client.collect()
@@ -6006,7 +6105,7 @@ async def run_batches(plan: Plan, submission: Submission, report: Report) -> lis
     waits = any(shard.stage is Stage.CREATED for shard in submission.shards)
     report.unfinished = options.no_wait and halted is None and waits
     report.close(how_to_go_on(submission), halted)
-    return list(client.outcomes.values())
+    return client.outcomes or []
 
 
 def how_to_go_on(submission: Submission) -> str:

@@ -167,6 +167,47 @@ def test_a_replica_that_lags_is_waited_for(run: Run, api: ImagesAPI) -> None:
     assert run(*queued(["new"], "--skip-existing", "--no-wait")).exit_code == 3
 
 
+def test_a_twin_that_shows_up_only_later_is_cancelled_before_the_run_is_settled(
+    run: Run, api: ImagesAPI
+) -> None:
+    api.plan_batch(AT_ONCE, BatchPlan(states=("in_progress", "in_progress", "completed")))
+    committed_late(api, looks=5)
+    result = run(*queued(2))
+    assert result.exit_code == 0, result.stderr
+    assert len(api.batches) == 2
+    assert "is a twin of" in result.stderr
+    assert json.loads(STATE.read_text())["shards"][0]["twins"]
+
+
+def test_a_batch_whose_creation_failed_for_the_service_is_looked_for_whatever_it_advises(
+    run: Run, api: ImagesAPI
+) -> None:
+    async def lost(ordinary: Ordinary) -> Answer:
+        await ordinary()
+        return await server_error(504, headers={"x-should-retry": "false"})(ordinary)
+
+    api.script_route(CREATE, lost)
+    run(*queued(1))
+    assert run(*queued(1)).exit_code == 0
+    assert len(api.batches) == 1
+
+
+def test_an_answer_about_another_batch_is_no_answer(run: Run, api: ImagesAPI) -> None:
+    other = document(lambda batch: batch.update(id="batch_other", status="completed"))
+    api.script_route(POLL, other)
+    result = run(*queued(2))
+    assert (result.exit_code, made()) == (0, live.images(1, 2))
+    assert "answers oddly" in result.stderr
+
+
+@pytest.mark.usefixtures("api")
+def test_a_run_that_reached_nobody_goes_on_at_the_right_address(run: Run) -> None:
+    wrong = {"OPENAI_BASE_URL": "http://127.0.0.1:9/v1"}
+    assert run(*queued(1, "--max-attempts", 1), env=wrong).exit_code == 1
+    assert run(*queued(1)).exit_code == 0
+    assert made() == live.images(1)
+
+
 def test_a_list_that_repeats_itself_ends_and_creates_nothing(run: Run, api: ImagesAPI) -> None:
     api.script_route(CREATE, answer_lost())
     assert run(*queued(1, "--max-attempts", 1)).exit_code == 1
@@ -298,6 +339,77 @@ def test_a_download_that_breaks_goes_on_behind_its_last_whole_line(
     first, second = (int(each.removeprefix("bytes=").rstrip("-")) for each in ranges[1:])
     assert 0 < first <= second < sent[0]
     assert (first < second) == honoured
+
+
+COUNTS: dict[str, Json] = {
+    "none": {"request_counts": None},
+    "zeros": {"request_counts": {"total": 0, "completed": 0, "failed": 0}},
+    "too few": {"request_counts": {"total": 3, "completed": 1, "failed": 0}},
+}
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+def test_a_completed_batch_has_a_line_for_every_job_whatever_it_counts(
+    run: Run, api: ImagesAPI, counts: Json
+) -> None:
+    async def first_line(ordinary: Ordinary) -> Answer:
+        body = (await ordinary()).whole()
+        return Answer.of(body[: body.index(b"\n") + 1])
+
+    api.plan_batch(AT_ONCE)
+    hidden = document(lambda batch: batch.update(counts, output_file_id=None))
+    shown = document(lambda batch: batch.update(counts))
+    api.script_route(POLL, hidden, shown, repeat=True)
+    api.script_route(DOWNLOAD, first_line, status(404, "not here yet"))
+    result = run(*queued(3))
+    assert result.exit_code == 0, result.stderr
+    assert (len(api.batches), made()) == (1, live.images(1, 2, 3))
+
+
+@pytest.mark.parametrize("state", ["cancelled", "expired"])
+def test_lines_of_jobs_that_were_not_done_do_not_stand_for_those_that_were(
+    run: Run, api: ImagesAPI, state: str
+) -> None:
+    api.plan_batch(BatchPlan(states=(state,), share=0.5))
+    late = document(lambda batch: batch.update(output_file_id=None))
+    api.script_route(POLL, late, late)
+    result = run(*queued(2, "--json"))
+    assert sorted(live.outcomes(result)) == ["done", "failed"]
+    assert made() == live.images(1)
+
+
+def test_a_line_that_cannot_be_read_is_kept_as_it_is(run: Run, api: ImagesAPI) -> None:
+    def spoilt(lines: Lines) -> Lines:
+        for number, line in enumerate(lines):
+            yield line if number else b"<" + line[1:]
+
+    api.plan_batch(BatchPlan(states=("completed",), output=spoilt))
+    result = run(*queued(2, "--max-wait", 0.01))
+    assert (result.exit_code, live.images(2)[0] in made()) == (1, True)
+    (kept,) = Path("out").glob("unreadable-*.answer")
+    assert kept.read_bytes().startswith(b"<")
+    assert str(kept) in result.stderr
+
+
+def test_a_range_that_begins_elsewhere_is_asked_for_from_the_start(
+    run: Run, api: ImagesAPI
+) -> None:
+    calls = count(1)
+
+    async def wrong(ordinary: Ordinary) -> Answer:
+        body, call = (await ordinary()).whole(), next(calls)
+        if call == 1:
+            return replace(Answer.of(body), breaks_after=body.index(b"\n") + 9)
+        if call == 2:
+            head = {"content-range": f"bytes {len(body) - 5}-{len(body) - 1}/{len(body)}"}
+            return replace(Answer.of(body[-5:], status=206), headers=head)
+        return Answer.of(body)
+
+    api.plan_batch(AT_ONCE)
+    api.script_route(DOWNLOAD, wrong, repeat=True)
+    result = run(*queued(3))
+    assert result.exit_code == 0, result.stderr
+    assert made() == live.images(1, 2, 3)
 
 
 # ---------------------------------------------------------------------------------------- uploads
@@ -467,6 +579,42 @@ def test_a_batch_of_the_same_jobs_in_another_folder_is_named_and_not_adopted(
     assert api.batches[0].id in live.lines(result)[0]
     assert not STATE.exists()
     assert run(*queued(["something else"])).exit_code == 0
+
+
+def test_other_jobs_are_not_submitted_beside_a_batch_of_a_folder_without_its_state(
+    run: Run, api: ImagesAPI
+) -> None:
+    api.plan_batch(GOES_ON)
+    pending(run)
+    STATE.unlink()
+    result = run(*queued(["job 1", "job 2", "job 3"]))
+    assert (result.exit_code, len(api.batches)) == (2, 1)
+    assert api.batches[0].id in live.lines(result)[0]
+
+
+def test_a_part_of_a_run_that_waits_elsewhere_keeps_the_state_of_the_rest(
+    run: Run, api: ImagesAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second: Job = {"prompt": "b", "model": FLARE}
+    api.plan_batch(GOES_ON)
+    assert run(*queued(["a", second], "--only", 2, "--no-wait")).exit_code == 3
+    elsewhere(monkeypatch)
+    result = run(*queued(["a", second], "--no-wait"))
+    assert (result.exit_code, len(api.batches), STATE.exists()) == (3, 2, True)
+    assert api.batches[0].id in result.stderr
+
+
+@pytest.mark.parametrize(
+    "fault", [server_error(), status(404), no_answer()], ids=["500", "404", "nothing"]
+)
+def test_what_cannot_be_deleted_holds_up_nothing(
+    run: Run, api: ImagesAPI, monkeypatch: pytest.MonkeyPatch, fault: Reply
+) -> None:
+    monkeypatch.setattr(image_gen, "TIDY_SECONDS", 0.05)
+    api.script_route(DELETE, fault, repeat=True)
+    result = run(*queued(2))
+    assert (result.exit_code, live.lines(result), made()) == (0, [], live.images(1, 2))
+    assert asked(api, DELETE) <= image_gen.CALLS_AT_ONCE
 
 
 def test_the_same_jobs_may_be_submitted_again_when_they_are_done(
