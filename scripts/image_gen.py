@@ -3539,7 +3539,8 @@ class Manifest:
         lines = b"".join(json.dumps(entry._asdict()).encode() + b"\n" for entry in entries)
         with self.lock:
             # What an answer has used is for the file alone: it is half of what an entry takes.
-            self.entries |= {entry.name: entry._replace(usage=None) for entry in entries}
+            kept = (entry._replace(usage=None, temporary="") for entry in entries)
+            self.entries |= {entry.name: entry for entry in kept}
             for entry in entries:
                 if entry.void:
                     del self.entries[entry.name]
@@ -4901,7 +4902,8 @@ class Shard:
         self.twins: list[str] = []  # other batches of the same jobs
         self.asked_at = 0.0  # when its creation was last asked for, by our clock
         self.attempts = 0  # at creating it
-        self.file: StoredFile | None = None  # as far as this process has seen it
+        self.file_time: int | None = None  # when its lines were uploaded, by the server's clock
+        self.known = False  # this process has seen that they are there
         self.refusal: Failure | None = None  # why it could not be submitted, this time
         self.told = ""  # the last line about its batch
 
@@ -4913,6 +4915,7 @@ class Shard:
         shard.twins = list(content.get("twins", ()))
         shard.asked_at = float(content.get("asked_at", 0))
         shard.attempts = int(content.get("attempts", 1))
+        shard.file_time = whole_number(content.get("file_time"))
         ids = (shard.file_id, shard.batch_id, *shard.twins)
         if not all(value is None or is_id(value) for value in ids):
             raise ValueError("an id that is none")
@@ -4938,6 +4941,7 @@ class Shard:
             "settled": self.stage in (Stage.SETTLED, Stage.DROPPED),
             "twins": self.twins,
             "asked_at": self.asked_at,
+            "file_time": self.file_time,
             "attempts": self.attempts,
         }
 
@@ -5262,8 +5266,10 @@ def read_result(file: Spool) -> Result:
     sent = Delivery(attempts=1, request_id=str(response.get("request_id") or "") or None)
     if status != 200:
         number = status if isinstance(status, int) else 200
-        verdict = judge(ErrorAnswer(number, body if mapping(body) else error, {}, ""))
-        return Result(custom_id, sent._replace(failure=verdict.failure))
+        failure = judge(ErrorAnswer(number, body if mapping(body) else error, {}, "")).failure
+        if failure.kind == "address":  # that of the batch was right
+            failure = failure._replace(kind="invalid_request", message=one_line(explanation(body)))
+        return Result(custom_id, sent._replace(failure=failure))
     return Result(custom_id, sent, answer_of(body, file.read))
 
 
@@ -5353,6 +5359,7 @@ class BatchClient:
         self.failed: dict[int, Delivery] = {}  # jobs that have an error, if no image comes
         self.made_by: dict[int, str] = {}  # the batches of the jobs that have their images
         self.sent_at: dict[int, float] = {}  # when creations were asked for, by shard
+        self.seen_at: dict[str, float] = {}  # when batches were last seen
         self.stopped: set[str] = set()  # twins that were cancelled
         self.known_files: set[str] = set()  # that have been asked for, or uploaded, just now
         self.troubles: dict[str, tuple[str, str | None]] = {}  # the last one, by batch
@@ -5382,7 +5389,12 @@ class BatchClient:
             value = answer.content[:MAX_ERROR_BYTES].decode("utf-8", "replace")
         return read(value)
 
-    async def call(self, make: Callable[[], Awaitable[Any]], read: Callable[[Any], T]) -> T:
+    async def call(
+        self,
+        make: Callable[[], Awaitable[Any]],
+        read: Callable[[Any], T],
+        gives_up_on: Container[str] = (),
+    ) -> T:
         """Make a call that may be repeated without harm, until it is answered."""
         patience = Patience(self.run.options)
         while True:
@@ -5390,6 +5402,8 @@ class BatchClient:
             try:
                 return await self.once(make, read)
             except api_errors(OddAnswerError, TimeoutError) as error:
+                if (failure := judge_call(error).failure).kind in gives_up_on:
+                    raise JobError(failure) from None
                 await self.wait(patience, error)
                 self.run.halt.check()
 
@@ -5448,7 +5462,7 @@ class BatchClient:
             submission.save()
         for shard in submission.shards:
             try:
-                if shard.stage is Stage.UPLOADED and not await self.know_file(shard):
+                if shard.stage is Stage.UPLOADED and not await self.know_files(shard):
                     shard.file_id = None
                     submission.advance(shard, Stage.PLANNED)
                 if shard.stage is Stage.PLANNED:
@@ -5474,9 +5488,17 @@ class BatchClient:
 
     async def know_file(self, shard: Shard) -> bool:
         """Look whether the API has the lines of a shard, unless that is known."""
-        if shard.file is None:
-            shard.file = await self.find_file(shard.file_id or "")
-        return shard.file is not None
+        if not shard.known and (file := await self.find_file(shard.file_id or "")):
+            shard.known, shard.file_time = True, file.created_at
+        return shard.known
+
+    async def know_files(self, shard: Shard) -> bool:
+        """Look whether the API has all that the batch of a shard is made of."""
+        if shard.known:
+            return True
+        before = dict(self.submission.uploads)
+        await self.upload_inputs(self.jobs[number] for number in shard.numbers)
+        return self.submission.uploads == before and await self.know_file(shard)
 
     async def upload_inputs(self, jobs: Iterable[Job]) -> dict[str, str]:
         """Upload each distinct input image once; return the file ids by path."""
@@ -5520,8 +5542,8 @@ class BatchClient:
                 part = (name, cast("BinaryIO", file), "application/jsonl")
                 return await self.api.files.with_raw_response.create(file=part, purpose="batch")
 
-            shard.file = await self.call(upload, StoredFile.read)
-        shard.file_id = shard.file.id
+            file_on_server = await self.call(upload, StoredFile.read)
+        shard.file_id, shard.file_time, shard.known = *file_on_server, True
         self.submission.advance(shard, Stage.UPLOADED)
 
     def metadata(self, shard: Shard) -> dict[str, str]:
@@ -5585,7 +5607,7 @@ class BatchClient:
             fresh = {batch.id: batch for batch in page.batches if batch.id not in found}
             found |= fresh
             times = [batch.created_at for batch in page.batches if batch.created_at is not None]
-            if not page.has_more or min(times, default=since) < since:
+            if not page.has_more or max(times, default=since) < since:
                 return list(found.values())
             if not fresh:
                 message = "the list of batches repeats itself, so that nothing can be looked up"
@@ -5593,10 +5615,18 @@ class BatchClient:
             after = page.batches[-1].id
 
     async def matches(self, shard: Shard) -> list[str]:
-        """Return the ids of all batches of a shard, the first that was created first."""
+        """Return the ids of all batches of a shard, the first that was created first.
+
+        A key of another account sees none, and the uploaded file neither: a JobError says so.
+        """
         wanted = self.submission.id, str(shard.index)
-        created = shard.file.created_at if shard.file else None
-        batches = await self.listing((created or 0) - CLOCK_MARGIN_SECONDS)
+        batches = await self.listing((shard.file_time or 0) - CLOCK_MARGIN_SECONDS)
+        if not batches and not await self.know_file(shard):
+            message = (
+                "the API knows neither the batch that may exist nor what was uploaded for it; was "
+                "it submitted with another key? Set that, and repeat the command"
+            )
+            raise JobError(Failure("batch_api", message, retryable=True))
         return [
             batch.id
             for batch in reversed(batches)
@@ -5604,16 +5634,7 @@ class BatchClient:
         ]
 
     async def look_for(self, shard: Shard) -> bool:
-        """Look for the batch of a creation that was not answered, for a minute since it was sent.
-
-        A key of another account would see no batch, and create a second one: the file tells.
-        """
-        if not await self.know_file(shard):
-            message = (
-                "the API does not know what was uploaded for a batch that may exist; was it "
-                "submitted with another key? Set that, and repeat the command"
-            )
-            raise JobError(Failure("batch_api", message, retryable=True))
+        """Look for the batch of a creation without an answer, for a minute since it was sent."""
         passed = time.time() - shard.asked_at  # for all that another process can know
         if shard.index in self.sent_at:
             passed = self.run.clock() - self.sent_at[shard.index]
@@ -5634,10 +5655,10 @@ class BatchClient:
 
     async def adopt(self, shard: Shard, metadata: Mapping[str, str]) -> None:
         """Go on with a batch of these jobs that waits already, as after the state was deleted."""
-        created = shard.file.created_at if shard.file else None
-        since = created - PENDING_SECONDS if created else 0.0
+        since = (shard.file_time or PENDING_SECONDS) - PENDING_SECONDS
         own = {*self.submission.past, *self.submission.batch_ids}
-        for batch in await self.listing(since):
+        found: list[str] = []
+        for batch in reversed(await self.listing(since)):
             said = batch.metadata
             same = said.get(JOBS_KEY) == metadata[JOBS_KEY]
             here = said.get(FOLDER_KEY) == metadata[FOLDER_KEY]
@@ -5647,12 +5668,15 @@ class BatchClient:
                 continue
             if same and here and waits:
                 self.run.report.note(f"batch {batch.id} was submitted for these jobs, going on")
-                shard.batch_id = batch.id
-                self.sent_at[shard.index] = self.run.clock()
-                self.submission.advance(shard, Stage.CREATED)
-                return
-            if pending and (same or here) and not self.submission.force:
+                found.append(batch.id)
+            elif pending and (same or here) and not self.submission.force:
                 self.refuse_beside(batch, same=same)
+            elif here and waits:
+                self.run.report.warn(f"batch {batch.id} of this folder may not be collected")
+        if found:
+            shard.batch_id, *shard.twins = found
+            self.sent_at[shard.index] = self.run.clock()
+            self.submission.advance(shard, Stage.CREATED)
 
     def refuse_beside(self, batch: Batch, *, same: bool) -> NoReturn:
         """Refuse to submit what another batch may be doing already."""
@@ -5705,8 +5729,9 @@ class BatchClient:
     async def cancel_batch(self, batch_id: str) -> bool:
         """Ask for the end of a batch; one that has ended by itself is collected as it is."""
         cancel = functools.partial(self.api.batches.with_raw_response.cancel, batch_id)
+        read = functools.partial(Batch.read, batch_id=batch_id)
         try:
-            await self.call(cancel, functools.partial(Batch.read, batch_id=batch_id))
+            await self.call(cancel, read, gives_up_on=("conflict",))
         except JobError as error:
             said = error.failure.message
             with suppress(JobError):
@@ -5742,7 +5767,8 @@ class BatchClient:
             if not isinstance(failed, JobError):
                 verdict = judge_call(error)
                 failed = JobError(verdict.failure, verdict.action)
-            lags = is_unknown(failed) and (self.is_new or is_recent(shard))
+            seen = self.run.clock() - self.seen_at.get(batch_id, -LAG_SECONDS) < LAG_SECONDS
+            lags = is_unknown(failed) and (seen or self.is_new or is_recent(shard))
             if not (lags or failed.failure.retryable):
                 raise failed from None
             kind = failed.failure.kind, failed.failure.code
@@ -5756,6 +5782,7 @@ class BatchClient:
             shard.told = line
             self.run.report.note(line)
         self.troubles.pop(batch_id, None)
+        self.seen_at[batch_id] = self.run.clock()
         return batch
 
     async def collect(self) -> None:
@@ -5963,7 +5990,7 @@ class BatchClient:
             delivery, _ = await bring(job, lambda: answer, delivery.request_id, self.run)
         kept = listing(image.path for image in delivery.images.values())
         self.run.report.warn(
-            f"a result for {one_line(custom_id)}, which is no job of its batch"
+            f"a result for {received(custom_id)}, which is no job of its batch"
             f"{f'; kept as {kept}' if kept else ''}"
         )
 
@@ -6112,7 +6139,7 @@ def how_to_go_on(submission: Submission) -> str:
     """Say what the next command is."""
     if submission.finished:
         return ""  # what is missing can be submitted anew, as after any run
-    if submission.unasked:
+    if not any(shard.stage in (Stage.CREATING, Stage.CREATED) for shard in submission.shards):
         return "To go on, repeat the command."
     return "To collect the images, repeat the command; to stop the batches, add --cancel to it."
 
