@@ -408,7 +408,8 @@ def at_line(number: int) -> str:
 
 def now() -> str:
     """Return the time as files keep it: UTC, ISO 8601, to the second."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")  # noqa: UP017 - see the guard
+    time_now = datetime.now(timezone.utc)  # noqa: UP017 - Python 3.8 reads it, too
+    return sys.intern(time_now.isoformat(timespec="seconds"))
 
 
 def mapping(value: object) -> dict[str, Any]:
@@ -1641,11 +1642,16 @@ TEMPORARY_NAME = r"(\.image_gen-[0-9a-f]+\.tmp)?"
 UNDIGESTED = ("n", "stream", "partial_images", "safety_identifier")  # they change no image
 
 
-@functools.cache
-def digest_of_content(name: str, *_state: int) -> str:
-    """Return the SHA-256 of a file, whose state says when it has to be read again."""
+def digest_of_content(name: str) -> str:
+    """Return the SHA-256 of a file. Raises OSError."""
     with open(name, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@functools.cache
+def digest_of_state(name: str, *_state: int) -> str:
+    """Return the SHA-256 of a file, whose state says when it has to be read again."""
+    return digest_of_content(name)
 
 
 def file_digest(name: str) -> str:
@@ -1654,7 +1660,7 @@ def file_digest(name: str) -> str:
     if not stat.S_ISREG(found.st_mode):
         raise OSError(f"{name} is no file")
     state = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-    return digest_of_content(os.path.abspath(name), *state)
+    return digest_of_state(os.path.abspath(name), *state)
 
 
 def with_digest(job: Job, known: Mapping[str, str]) -> Job:
@@ -3568,7 +3574,7 @@ class Note(NamedTuple):
 
     def entry_for(self, file: str, name: str) -> Entry:
         """Return the entry of an image that is, or will be, under a name."""
-        found, sha256 = os.stat(file), file_digest(file)
+        found, sha256 = os.stat(file), digest_of_content(file)
         entry = self.entry._replace(image=os.urandom(6).hex(), time=now(), sha256=sha256)
         entry = entry._replace(bytes=found.st_size, mtime=found.st_mtime_ns)
         return entry.under(name, file)
@@ -4594,8 +4600,8 @@ def signals_taken(run: Run) -> Iterator[None]:
     try:
         yield
     finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
+        for name, handler in before.items():  # a third one is no news
+            signal.signal(name, signal.SIG_IGN if run.report.interrupted else handler)
 
 
 def load_modules(plan: Plan, options: RunOptions) -> None:
@@ -4962,10 +4968,11 @@ class Submission:
         self.account = str(content.get("account", ""))
         # By job number: a digest of what it asks for, and which of its variants were submitted.
         self.digests = {int(number): str(digest) for number, digest in content["digests"].items()}
-        self.variants = {
-            int(number): [range(MAX_N)[variant] for variant in variants]
-            for number, variants in content["variants"].items()
-        }
+        shared: dict[tuple[int, ...], tuple[int, ...]] = {}  # for most jobs have the same
+        self.variants = {}
+        for number, variants in content["variants"].items():
+            these = tuple(range(MAX_N)[variant] for variant in variants)
+            self.variants[int(number)] = shared.setdefault(these, these)
         self.uploads: dict[str, str] = dict(content["uploads"])  # file ids by sha256
         self.sources: dict[str, str] = dict(content.get("sources", {}))  # sha256 of input files
         self.past = list(map(str, content.get("past", ())))  # batches of former runs, settled
@@ -5164,7 +5171,7 @@ def open_submission(
         raise UsageError(
             f"the jobs are not those that {folder} has submitted and not collected ({changed}): "
             "go on with the former --input, take another --out-dir, or end that run with --cancel "
-            f"and the former --input; to give up its images, delete {former.path}"
+            "and the former --input"
         )
     strange = former.account not in ("", account_digest(former.id))
     if strange and former.unasked and not options.cancel:
@@ -5180,7 +5187,7 @@ def open_submission(
 def begin(submission: Submission, jobs: Sequence[Job]) -> None:
     """Note which images a new run is about to submit."""
     submission.variants = {
-        job.number: [job.outputs.index(output) for output in job.missing]
+        job.number: tuple(job.outputs.index(output) for output in job.missing)
         for job in jobs
         if job.missing
     }
@@ -5658,7 +5665,14 @@ class BatchClient:
         since = (shard.file_time or PENDING_SECONDS) - PENDING_SECONDS
         own = {*self.submission.past, *self.submission.batch_ids}
         found: list[str] = []
-        for batch in reversed(await self.listing(since)):
+        try:
+            batches = await self.listing(since)
+        except JobError as error:
+            if error.failure.kind != "batch_api":  # else there is no such list
+                raise
+            self.run.report.warn(f"no list of batches to look at: {error.failure.message}")
+            return
+        for batch in reversed(batches):
             said = batch.metadata
             same = said.get(JOBS_KEY) == metadata[JOBS_KEY]
             here = said.get(FOLDER_KEY) == metadata[FOLDER_KEY]
@@ -5921,6 +5935,7 @@ class BatchClient:
             ended, _ = await asyncio.wait(work, return_when="FIRST_COMPLETED")
             for task in ended:
                 del work[task]
+                task.result()
 
     async def take_line(self, line: Spool, collection: Collection, *, is_whole: bool) -> None:
         """Read a line, and save what it brings."""

@@ -220,6 +220,62 @@ def test_a_list_that_repeats_itself_ends_and_creates_nothing(run: Run, api: Imag
     assert "repeats itself" in result.stderr
 
 
+def test_a_gateway_without_a_list_of_batches_takes_them_all_the_same(
+    run: Run, api: ImagesAPI
+) -> None:
+    api.script_route(LIST, status(404, "Invalid URL"), repeat=True)
+    result = run(*queued(1))
+    assert (result.exit_code, made()) == (0, live.images(1))
+    assert "no list of batches to look at" in result.stderr
+
+
+def test_names_are_synced_before_anything_is_built_on_them(
+    run: Run, api: ImagesAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a power cut leaves is what was synced: so no step may come before its sync."""
+    events: list[str] = []
+    replace_, place = os.replace, image_gen.place
+
+    def synced(descriptor: int) -> None:
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+        events.append(f"sync {'content' if name.endswith('.tmp') else name}")
+
+    def replaced(source: str, target: str) -> None:
+        if target == str(STATE):
+            settled = json.loads(Path(source).read_bytes())["shards"][:1]
+            events.append("settled" if settled and settled[0]["settled"] else "state")
+        replace_(source, target)
+
+    def placed(source: str, target: str) -> None:
+        place(source, target)
+        events.append("image")
+
+    def heard(step: str) -> Reply:
+        async def reply(ordinary: Ordinary) -> Answer:
+            events.append(step)
+            return await ordinary()
+
+        return reply
+
+    monkeypatch.setattr("os.fsync", synced)
+    monkeypatch.setattr("os.replace", replaced)
+    monkeypatch.setattr(image_gen, "place", placed)
+    api.script_route(CREATE, heard("creation"), repeat=True)
+    api.script_route(POLL, heard("poll"), repeat=True)
+    api.plan_batch(AT_ONCE)
+    assert run(*queued(1)).exit_code == 0
+    steps = [event for event in events if event != "poll"]
+    for index, event in enumerate(steps):
+        if event in ("state", "settled"):
+            assert steps[index - 1] == "sync content"
+            assert steps[index + 1] == "sync out"
+    image = steps.index("image")
+    assert steps[image - 2 : image] == ["sync content", f"sync {image_gen.MANIFEST_NAME}"]
+    assert steps[image + 1] == "sync out"
+    assert steps.index("creation") > steps.index("state")
+    assert steps.index("settled") > image + 1
+
+
 # ------------------------------------------------------------------------------------ odd answers
 
 ODD = {
