@@ -4606,7 +4606,9 @@ def signals_taken(run: Run) -> Iterator[None]:
 
 def load_modules(plan: Plan, options: RunOptions) -> None:
     """Load what is first needed when an answer has come: it may not load any more by then."""
-    needed = [binascii, email_utils, filecmp, html, ipaddress, jiter, random, stat, tempfile]
+    # The SDK first: whoever is interrupted while it loads must not come back to half of it.
+    needed = [openai, httpx2, httpcore2, binascii, email_utils, filecmp, html, ipaddress, jiter]
+    needed += [random, stat, tempfile]
     if options.downscale_max_dim is not None or plan.sheet is not None:
         needed += [ExifTags, Image, ImageDraw, ImageFont, ImageOps, ImageSequence, PngImagePlugin]
     try:

@@ -441,7 +441,8 @@ def test_a_line_that_cannot_be_read_is_kept_as_it_is(run: Run, api: ImagesAPI) -
 
     api.plan_batch(BatchPlan(states=("completed",), output=spoilt))
     result = run(*queued(2, "--max-wait", 0.01))
-    assert (result.exit_code, live.images(2)[0] in made()) == (1, True)
+    images = [name for name in made() if name in live.images(1, 2)]
+    assert (result.exit_code, len(images)) == (1, 1)
     (kept,) = Path("out").glob("unreadable-*.answer")
     assert kept.read_bytes().startswith(b"<")
     assert str(kept) in result.stderr
