@@ -5338,7 +5338,7 @@ class Collection:
         self.lines: set[str] = set()  # the custom_ids that have been read
         self.answered: set[str] = set()  # those of requests that were done
         self.later: list[tuple[Result, Spool]] = []  # further lines of theirs
-        self.unreadable: set[int] = set()  # the sizes of lines that were kept as they are
+        self.places: set[tuple[str, int, int]] = set()  # of the lines that have been taken
 
     def has_all(self, batch: Batch) -> bool:
         """Tell whether the lines account for what the batch says it has done.
@@ -5889,17 +5889,19 @@ class BatchClient:
                 raise OtherRangeError
             behind = offset - first  # was read before
             chunks, line = response.iter_bytes(), Spool()
-            stack.callback(line.close)
+            stack.callback(lambda: line.close())  # noqa: PLW0108 - the last one, which nobody got
             while chunk := await self.within(anext(chunks, b""), end - clock()):
                 chunk, behind = chunk[behind:], max(0, behind - len(chunk))
                 *ended, rest = chunk.split(b"\n")
                 for part in ended:
                     line.write(part)
-                    yield line, True
-                    line, end = Spool(), clock() + seconds
+                    whole, line = line, Spool()
+                    yield whole, True
+                    end = clock() + seconds
                 line.write(rest)
-            if line.size:
-                yield line, False
+            whole, line = line, Spool()
+            if whole.size:
+                yield whole, False
 
     async def collect_file(self, file_id: str, collection: Collection) -> None:
         """Save the results of a file, line by line as it comes; a break is gone on behind."""
@@ -5912,10 +5914,15 @@ class BatchClient:
                     async for line, is_whole in lines:
                         await self.make_room(work, line.size)
                         self.run.halt.check()
-                        take = self.take_line(line, collection, is_whole=is_whole)
-                        work[asyncio.create_task(take)] = line.size
+                        place = file_id, offsets.get(file_id, 0), line.size
+                        if place in collection.places:
+                            line.close()
+                        else:
+                            take = self.take_line(line, collection, is_whole=is_whole)
+                            work[asyncio.create_task(take)] = line.size
                         if is_whole:
-                            offsets[file_id] = offsets.get(file_id, 0) + line.size + 1
+                            collection.places.add(place)
+                            offsets[file_id] = place[1] + line.size + 1
                             patience = Patience(self.run.options)
             except api_errors(OtherRangeError, TimeoutError) as error:
                 cause = error.__cause__ or error
@@ -5945,16 +5952,14 @@ class BatchClient:
             result = await self.run.in_saver(read_result, line)
         except (ValueError, RecursionError):
             name = os.path.join(self.folder, f"unreadable-{collection.batch_id}")
-            if is_whole and line.read().strip() and line.size not in collection.unreadable:
-                collection.unreadable.add(line.size)
+            if is_whole and line.read().strip():
                 self.run.report.warn(f"a line is no result{keep_answer(name, line.read)}")
             line.close()
             return
-        number = number_in(result.custom_id)
         if result.custom_id not in collection.lines:
             collection.lines.add(result.custom_id)
             await self.take(result, line, collection)
-        elif self.made_by.get(number) == collection.batch_id:
+        elif self.made_by.get(number_in(result.custom_id)) == collection.batch_id:
             line.close()
         else:
             collection.later.append((result, line))  # which of them has the image?
