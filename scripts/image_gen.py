@@ -5338,7 +5338,7 @@ class Collection:
         self.lines: set[str] = set()  # the custom_ids that have been read
         self.answered: set[str] = set()  # those of requests that were done
         self.later: list[tuple[Result, Spool]] = []  # further lines of theirs
-        self.places: set[tuple[str, int, int]] = set()  # of the lines that have been taken
+        self.places: set[int] = set()  # hashes of those of the lines that have been taken
 
     def has_all(self, batch: Batch) -> bool:
         """Tell whether the lines account for what the batch says it has done.
@@ -5914,7 +5914,8 @@ class BatchClient:
                     async for line, is_whole in lines:
                         await self.make_room(work, line.size)
                         self.run.halt.check()
-                        place = file_id, offsets.get(file_id, 0), line.size
+                        start = offsets.get(file_id, 0)
+                        place = hash((file_id, start, line.size))
                         if place in collection.places:
                             line.close()
                         else:
@@ -5922,7 +5923,7 @@ class BatchClient:
                             work[asyncio.create_task(take)] = line.size
                         if is_whole:
                             collection.places.add(place)
-                            offsets[file_id] = place[1] + line.size + 1
+                            offsets[file_id] = start + line.size + 1
                             patience = Patience(self.run.options)
             except api_errors(OtherRangeError, TimeoutError) as error:
                 cause = error.__cause__ or error
