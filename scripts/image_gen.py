@@ -5361,12 +5361,11 @@ class BatchClient:
         self.submission = submission
         self.jobs = {job.number: job for job in jobs}
         self.folder = os.path.dirname(submission.path)
-        self.ended: set[int] = set()  # the jobs whose end is reported
+        self.ended: dict[int, str] = {}  # jobs whose end is reported, and the batch of their images
         self.outcomes: list[Outcome] | None = None  # if they are wanted
         self.collections: dict[str, Collection] = {}  # by batch
         self.batches: dict[str, Batch] = {}  # as they ended
         self.failed: dict[int, Delivery] = {}  # jobs that have an error, if no image comes
-        self.made_by: dict[int, str] = {}  # the batches of the jobs that have their images
         self.sent_at: dict[int, float] = {}  # when creations were asked for, by shard
         self.seen_at: dict[str, float] = {}  # when batches were last seen
         self.stopped: set[str] = set()  # twins that were cancelled
@@ -5960,7 +5959,7 @@ class BatchClient:
         if result.custom_id not in collection.lines:
             collection.lines.add(result.custom_id)
             await self.take(result, line, collection)
-        elif self.made_by.get(number_in(result.custom_id)) == collection.batch_id:
+        elif self.ended.get(number_in(result.custom_id)) == collection.batch_id:
             line.close()
         else:
             collection.later.append((result, line))  # which of them has the image?
@@ -5976,7 +5975,7 @@ class BatchClient:
                 await self.take_stray(result)
             elif answer is None:
                 self.failed.setdefault(job.number, delivery)
-            elif self.made_by.get(job.number) != collection.batch_id:
+            elif self.ended.get(job.number) != collection.batch_id:
                 await self.take_images(job, answer, delivery, collection)
         except Exception as error:  # noqa: BLE001 - the results stay with the API, to be fetched anew
             collection.lines.discard(custom_id)
@@ -5996,11 +5995,11 @@ class BatchClient:
             collection.lines.discard(f"job-{job.number}")
             collection.answered.discard(f"job-{job.number}")
             self.run.heed(job, saved.failure)
-        if job.number in self.made_by:
+        if self.ended.get(job.number):
             kept = listing(image.path for image in saved.images.values())
             self.run.report.warn(f"{job.where}a twin has made it, too; kept as {kept}")
         elif saved.images or is_unwritten:
-            self.made_by[job.number] = collection.batch_id
+            self.ended[job.number] = collection.batch_id
             await self.conclude(job, saved)
         else:
             self.failed[job.number] = saved
@@ -6088,7 +6087,7 @@ class BatchClient:
     async def conclude(self, job: Job, delivery: Delivery) -> Outcome:
         """Report the outcome of a job."""
         outcome = await conclude(job, delivery, self.run)
-        self.ended.add(job.number)
+        self.ended.setdefault(job.number, "")
         if self.outcomes is not None:
             self.outcomes.append(outcome)
         self.run.report.add(outcome)
