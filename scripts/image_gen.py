@@ -1642,16 +1642,11 @@ TEMPORARY_NAME = r"(\.image_gen-[0-9a-f]+\.tmp)?"
 UNDIGESTED = ("n", "stream", "partial_images", "safety_identifier")  # they change no image
 
 
-def digest_of_content(name: str) -> str:
-    """Return the SHA-256 of a file. Raises OSError."""
-    with open(name, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @functools.cache
 def digest_of_state(name: str, *_state: int) -> str:
     """Return the SHA-256 of a file, whose state says when it has to be read again."""
-    return digest_of_content(name)
+    with open(name, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_digest(name: str) -> str:
@@ -3570,14 +3565,18 @@ class Note(NamedTuple):
     """What a manifest will say of an image once it is on disk."""
 
     manifest: Manifest
-    entry: Entry  # but for its name and content
+    entry: Entry  # but for its name and, until it is about an image, the content
+
+    def about(self, content: bytes) -> Note:
+        """Return the note on an image."""
+        sha256, image = hashlib.sha256(content).hexdigest(), os.urandom(6).hex()
+        return self._replace(
+            entry=self.entry._replace(image=image, sha256=sha256, bytes=len(content), time=now())
+        )
 
     def entry_for(self, file: str, name: str) -> Entry:
-        """Return the entry of an image that is, or will be, under a name."""
-        found, sha256 = os.stat(file), digest_of_content(file)
-        entry = self.entry._replace(image=os.urandom(6).hex(), time=now(), sha256=sha256)
-        entry = entry._replace(bytes=found.st_size, mtime=found.st_mtime_ns)
-        return entry.under(name, file)
+        """Return the entry of the image, which is or will be under a name."""
+        return self.entry._replace(mtime=os.stat(file).st_mtime_ns).under(name, file)
 
     @contextmanager
     def written(self, temporary: str, name: str) -> Iterator[None]:
@@ -3743,7 +3742,7 @@ def save_image(
                 what = "cut off" if picture else "none that is known here"
                 kept = f"its {len(content):,} bytes are kept as {name}"
                 raise bad_answer(f"an image of the answer is {what}; {kept}")
-            name = give_name(temporary, output, request, names, note)
+            name = give_name(temporary, output, request, names, note and note.about(content))
     except OSError as error:
         raise unwritten(target, content, error) from None
     saved = Saved(name, len(content), picture.width, picture.height, picture.format, picture.alpha)
@@ -4569,7 +4568,7 @@ async def run_job(job: Job, run: Run) -> Outcome:
     exchange = Exchange(Patience(run.options))
     try:
         async with run.backlog:
-            if job.missing and job.digest:
+            if job.missing and job.digest and job.request.files:
                 job = with_digest(job, {})  # as its input files are now
             delivery = await deliver(job, run, exchange) if job.missing else at_rest(job)
             outcome = await conclude(job, with_history(delivery, exchange), run)
