@@ -1611,10 +1611,7 @@ def find_missing(job: Job, options: RunOptions, claims: Claims | None) -> Job:
     outputs = []
     for planned in job.outputs:
         output = planned
-        if claims is not None and options.existing == "refuse":  # also what has moved
-            path = claims.paths.get((job.number, planned.planned), planned.path)
-            output = output_at(path, planned.planned, job, options)
-        elif claims is not None:
+        if claims is not None:
             output = claims.find(job, planned, options)
         elif options.existing == "keep":
             output = find_by_name(planned, job.request.output_format)
@@ -1829,6 +1826,8 @@ class Claims:
         """Say where an image of a job is, or where it will be, and what stands there now."""
         slot = job.number, output.planned
         planned, claimed = output.planned, self.paths.get(slot)
+        if options.existing == "refuse":  # also what has moved
+            return output_at(claimed or planned, planned, job, options)
         path = planned
         if claimed and (job.automatic or claimed == planned):
             path = claimed
@@ -4082,7 +4081,6 @@ class Report:
         self.unsent: dict[str, int] = {}  # by the reason, in words
         self.images = self.tokens = self.in_flight = 0
         self.incomplete = False  # and repeating the command can help
-        self.lasting = False  # incomplete as well, and it cannot
         self.interrupted = False
         self.unfinished = False
         self.waiting_until = 0.0
@@ -4093,6 +4091,10 @@ class Report:
     def ended(self) -> int:
         """How many jobs have ended."""
         return sum(self.counts.values())
+
+    def count_of(self, wanted: Status) -> int:
+        """Return how many jobs have ended like this, for whatever cause."""
+        return sum(number for (status, _), number in self.counts.items() if status == wanted)
 
     def add(self, outcome: Outcome) -> None:
         """Report the end of a job."""
@@ -4107,7 +4109,6 @@ class Report:
             self.images += sum(image.origin == "new" for image in delivery.images.values())
         if failure:
             self.left.setdefault(CONDITIONS.get(cause, ""), []).append(job)
-            self.lasting |= cause in LASTING
             self.incomplete |= cause not in LASTING
         self.tell_end(outcome)
         if status == "not_sent" and failure:
@@ -4135,10 +4136,7 @@ class Report:
         """Print what remains to be said at the end of the run."""
         for reason, number in self.unsent.items():
             self.error(f"{counted(number, 'job')} not sent: {reason}")
-        waiting = sum(
-            number for (status, _), number in self.counts.items() if status == "submitted"
-        )
-        if halted and waiting:
+        if halted and (waiting := self.count_of("submitted")):
             self.error(f"{counted(waiting, 'job')} not collected: {halted.message}")
         by_status = sorted(self.counts.items(), key=lambda item: STATUSES.index(item[0][0]))
         ends = listing(
@@ -4178,7 +4176,7 @@ class Report:
             return 130
         if self.unfinished:
             return 3
-        return 1 if self.incomplete else 4 if self.lasting else 0
+        return 1 if self.incomplete else 4 if self.left else 0
 
     def result(self, message: str) -> None:
         """Print on stdout; a reader that has gone does not end a paid run."""
@@ -4239,9 +4237,8 @@ class Report:
     def standing(self) -> str:
         """How the run stands, in a line."""
         now, done = self.clock(), self.ended
-        failed = sum(number for (status, _), number in self.counts.items() if status == "failed")
         parts = [f"{done}/{self.total} done", f"{self.in_flight} in flight"]
-        if failed:
+        if failed := self.count_of("failed"):
             parts.append(f"{failed} failed")
         if self.waiting_until > now:
             parts.append(f"rate limit: {self.waiting_until - now:.0f} s")
@@ -5760,22 +5757,19 @@ class BatchClient:
 
     # collect
 
-    async def look(self, batch_id: str) -> Batch:
-        """Return how a batch stands."""
+    async def look(self, batch_id: str, *, waits: bool = False) -> Batch:
+        """Return how a batch stands; whoever waits asks once, as it is asked again anyway."""
         retrieve = functools.partial(self.api.batches.with_raw_response.retrieve, batch_id)
         read = functools.partial(Batch.read, batch_id=batch_id)
-        return await self.call(retrieve, read)
+        return await (self.once if waits else self.call)(retrieve, read)
 
     async def poll(self, shard: Shard, batch_id: str) -> Batch | None:
         """Return how a batch stands, and tell it when it has changed; None if nobody knows.
 
         Whoever waits is not put off by hours without an answer.
         """
-        retrieve = functools.partial(self.api.batches.with_raw_response.retrieve, batch_id)
-        read = functools.partial(Batch.read, batch_id=batch_id)
-        ask = self.call if self.run.options.no_wait else self.once
         try:
-            batch = await ask(retrieve, read)
+            batch = await self.look(batch_id, waits=not self.run.options.no_wait)
         except api_errors(JobError, OddAnswerError, TimeoutError) as error:
             failed = error
             if not isinstance(failed, JobError):
