@@ -2240,12 +2240,14 @@ def preview_of(cutout: Cutout) -> Image.Image:
     top, left = busiest_window(cutout, side)
     detail = whole.crop((left, top, left + side, top + side))
     sheet = Image.new("RGB", (4 * TILE + 5 * GAP, 2 * TILE + 3 * GAP), (128, 128, 128))
+    drawn = grounds()
     for row, image in enumerate((fitted(whole), fitted(detail))):
         middle = (TILE - image.width) // 2, (TILE - image.height) // 2
-        for column, ground in enumerate(grounds()):
-            ground.alpha_composite(image, middle)
+        for column, ground in enumerate(drawn):
+            tile = ground.copy()
+            tile.alpha_composite(image, middle)
             place = GAP + column * (TILE + GAP), GAP + row * (TILE + GAP)
-            sheet.paste(ground.convert("RGB"), place)
+            sheet.paste(tile.convert("RGB"), place)
     return sheet
 
 
