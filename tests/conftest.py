@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import image_gen
 import pytest
-from cli import Result, command, finished, started
+from cli import SCRIPTS, Result, command, finished, started
 from hypothesis import HealthCheck, settings
 from images_api import PROXIES, ImagesAPI
 from live import shorten_waits
@@ -65,6 +65,13 @@ def own_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         if name.startswith("OPENAI_") or name.upper() in {*PROXIES, "NO_PROXY"}:
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def forks_find_their_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What deaths.py forks imports this program and these tests."""
+    tests = os.path.dirname(os.path.abspath(__file__))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(SCRIPTS), tests]))
 
 
 @pytest.fixture(autouse=True)

@@ -34,29 +34,16 @@ from images_api import (
     unauthorized,
 )
 from inputs import FLARE, OLDER, Job, Json, mixed_jobs, picture
+from queue_api import CANCEL, CREATE, DOWNLOAD, GOES_ON, LIST, POLL, STATE, UPLOAD, made, queued
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from cli import Result, Run, Start
     from images_api import ImagesAPI, Lines, Ordinary, Reply
 
-UPLOAD = "POST /v1/files"
-CREATE = "POST /v1/batches"
-LIST = "GET /v1/batches"
-POLL = "GET /v1/batches/{batch_id}"
-CANCEL = "POST /v1/batches/{batch_id}/cancel"
-DOWNLOAD = "GET /v1/files/{file_id}/content"
-
-STATE = Path("out", image_gen.STATE_NAME)
-GOES_ON = BatchPlan(states=("in_progress",))
 AT_ONCE = {"retry-after-ms": "1"}
 STRAY = b"what nobody asked for"
-
-
-def queued(jobs: int | Sequence[Job], *flags: object) -> list[str]:
-    """The command line of a run through the Batch API, into the folder out."""
-    return live.batch(jobs, "--batch-api", *flags)
 
 
 def routes(api: ImagesAPI) -> Counter[str]:
@@ -81,11 +68,6 @@ def uploads(api: ImagesAPI, purpose: str) -> list[bytes]:
     requests = [request for request in api.requests if request.route == UPLOAD]
     asked = [request for request in requests if request.body.get("purpose") == purpose]
     return [file.data for request in asked for file in request.files if request.status == 200]
-
-
-def made(folder: str = "out") -> list[str]:
-    """The files of a folder that are not hidden."""
-    return [name for name in live.names(folder) if not name.startswith(".")]
 
 
 def state() -> Json:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections import Counter
 from itertools import count
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Protocol
 
 import live
 import pytest
-from cli import SCRIPTS
 from deaths import Death, Lives
 from images_api import BatchPlan
 from inputs import job_file, picture
@@ -22,17 +20,14 @@ if TYPE_CHECKING:
     from images_api import Batch, ImagesAPI
     from inputs import Json
 
+pytestmark = pytest.mark.usefixtures("forks_find_their_modules")
+
 JOBS: list[Json] = [
     {"prompt": "two drafts", "n": 2, "out": "drafts"},
     {"prompt": "an edit", "image": "room.png", "out": "edit"},
 ]
 ORIGINALS = ["drafts-1", "drafts-2", "edit"]
 IMAGES = sorted(name + suffix for name in ORIGINALS for suffix in (".png", "-web.png"))
-
-
-@pytest.fixture(autouse=True)
-def forks_find_their_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(SCRIPTS), str(Path(__file__).parent)]))
 
 
 @pytest.fixture

@@ -29,33 +29,29 @@ from images_api import (
     unauthorized,
 )
 from inputs import FLARE, picture
+from queue_api import (
+    CANCEL,
+    CREATE,
+    DELETE,
+    DOWNLOAD,
+    FILE,
+    GOES_ON,
+    LIST,
+    POLL,
+    STATE,
+    UPLOAD,
+    made,
+    queued,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from cli import Result, Run, Start
     from images_api import ImagesAPI, Lines, Ordinary, Reply
     from inputs import Job, Json
 
-UPLOAD = "POST /v1/files"
-FILE = "GET /v1/files/{file_id}"
-DELETE = "DELETE /v1/files/{file_id}"
-CREATE = "POST /v1/batches"
-LIST = "GET /v1/batches"
-POLL = "GET /v1/batches/{batch_id}"
-CANCEL = "POST /v1/batches/{batch_id}/cancel"
-DOWNLOAD = "GET /v1/files/{file_id}/content"
-STATE = Path("out", image_gen.STATE_NAME)
 AT_ONCE = BatchPlan(states=("completed",))
-GOES_ON = BatchPlan(states=("in_progress",))
-
-
-def queued(jobs: int | Sequence[Job], *flags: object) -> list[str]:
-    return live.batch(jobs, "--batch-api", *flags)
-
-
-def made() -> list[str]:
-    return [name for name in live.names() if not name.startswith(".")]
 
 
 def asked(api: ImagesAPI, route: str) -> int:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import image_gen
 import live
 import pytest
+import queue_api
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as some
 from images_api import (
@@ -744,7 +745,7 @@ def test_a_few_jobs_of_a_file_that_is_too_long_are_run(run: Run, api: ImagesAPI)
 
 
 def queued(jobs: Sequence[Job], *flags: object) -> list[str]:
-    return live.batch(jobs, "--batch-api", "--json", *flags)
+    return queue_api.queued(jobs, "--json", *flags)
 
 
 def lines_of_batches(api: ImagesAPI) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from itertools import count
@@ -14,13 +13,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import image_gen
 import live
 import pytest
-from cli import SCRIPTS
 from deaths import Death, Lives
 from inputs import job_file
 
 if TYPE_CHECKING:
     from images_api import ImagesAPI
     from inputs import Json
+
+pytestmark = pytest.mark.usefixtures("forks_find_their_modules")
 
 
 class Edit(NamedTuple):
@@ -53,11 +53,6 @@ EDITS = {
 
 
 DEATHS = [("write", "before"), ("write", "after"), ("sync", "before")]
-
-
-@pytest.fixture(autouse=True)
-def forks_find_their_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(SCRIPTS), str(Path(__file__).parent)]))
 
 
 def sha(name: str) -> str:
