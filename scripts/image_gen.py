@@ -26,6 +26,7 @@ The file, from top to bottom; a section uses only what stands above it:
     5  requests                            flags and lines of JSONL become jobs
     6  image files by their own bytes      what they say, from their heads to their ends
     7  plan of outputs                     names, and what is there already, by the manifest
+    7a cost                                tokens beforehand and afterwards, and their dollars
     8  preflight                           a new check is a generator of sentences
     9  dry run                             the payloads as they are printed
    10  send                                a new error code of the API is a row of VERDICT_BY_CODE
@@ -268,6 +269,8 @@ class ModelFamily(NamedTuple):
     markup: bool = False
     fidelities: tuple[str, ...] = ()  # as documented; empty: input_fidelity has to be left out
     variants: tuple[str, ...] = ()  # where no model has the plain name of the family
+    cells: tuple[int, ...] = ()  # along the longer edge, for each quality; see output_tokens
+    priced: bool = True  # by PRICES
     shut_down: str = ""  # ISO date
 
     @property
@@ -280,17 +283,39 @@ OLD_SIZES = ("1024x1024", "1536x1024", "1024x1536", "auto")
 QUALITIES = ("low", "medium", "high", "xhigh", "max", "auto")
 VARIANTS = ("sunburst", "flare")
 
+old_family = functools.partial(ModelFamily, sizes=OLD_SIZES, priced=False)
+
 # Newest first: a model that no row knows gets the rules of the first row. Of two prefixes that fit,
 # the upper one counts.
 MODEL_FAMILIES = (
     ModelFamily("gpt-image-2.6", QUALITIES, tuple(FORMATS), markup=True, variants=VARIANTS),
-    ModelFamily("gpt-image-2.5", QUALITIES, tuple(FORMATS), markup=True, variants=VARIANTS),
-    ModelFamily("gpt-image-2", transparent=False),
-    ModelFamily("gpt-image-1.5", sizes=OLD_SIZES, fidelities=FIDELITIES, shut_down="2026-12-01"),
-    ModelFamily("gpt-image-1-mini", sizes=OLD_SIZES, fidelities=("low",), shut_down="2026-12-01"),
-    ModelFamily("gpt-image-1", sizes=OLD_SIZES, fidelities=FIDELITIES, shut_down="2026-10-23"),
+    ModelFamily(
+        "gpt-image-2.5",
+        QUALITIES,
+        tuple(FORMATS),
+        markup=True,
+        variants=VARIANTS,
+        cells=(16, 24, 48, 64, 96),
+    ),
+    ModelFamily("gpt-image-2", transparent=False, cells=(16, 48, 96)),
+    old_family("gpt-image-1.5", fidelities=FIDELITIES, shut_down="2026-12-01"),
+    old_family("gpt-image-1-mini", fidelities=("low",), shut_down="2026-12-01"),
+    old_family("gpt-image-1", fidelities=FIDELITIES, shut_down="2026-10-23"),
 )
 SUCCESSORS = "gpt-image-2.5-sunburst or gpt-image-2.5-flare"  # of what is shut down
+
+# Dollars for a million tokens, the same for all families that are priced; to be looked up at
+# openai.com/api/pricing. Cached input is cheaper, and no answer tells it apart.
+PRICES_DATE = "2026-11-25"
+PRICES = {"text in": 5.0, "image in": 8.0, "image out": 30.0}
+BATCH_API_SHARE = 0.5  # of the prices
+# What nobody has a formula for is bounded: the most that users were billed for an input image, the
+# least bytes of a prompt in a token, and what a draft adds (guide of image generation, streaming).
+INPUT_IMAGE_DOLLARS = 0.0176
+PROMPT_BYTES = 3
+DRAFT_TOKENS = 100
+# Where the free sizes have their fewest and their most tokens, whatever the quality.
+EXTREME_SIZES = (*((width, 480) for width in range(1376, 1441, EDGE_STEP)), (2880, 2880))
 
 # JSONL key (and flag), label in the prompt, help; the order is that of the prompt.
 PROMPT_SECTIONS = (
@@ -382,6 +407,11 @@ def one_line(message: object) -> str:
     return line if len(line) <= 600 else line[:600] + "…"
 
 
+def dollars(amount: float) -> str:
+    """Return an amount to the cent, a small one to the tenth of it."""
+    return f"${amount:,.2f}" if amount >= 1 else f"${amount:.3f}".removesuffix("0")
+
+
 def listing(values: Iterable[str]) -> str:
     """Return values as a sentence lists them."""
     return ", ".join(values)
@@ -415,6 +445,12 @@ def now() -> str:
 def mapping(value: object) -> dict[str, Any]:
     """Return an object of the other side's JSON, an empty one where something else stands."""
     return value if isinstance(value, dict) else {}
+
+
+def whole_number(value: object) -> int | None:
+    """Return a number of the other side, None where something else stands."""
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    return cast("int", value) if is_whole and 0 <= cast("int", value) < 2**63 else None
 
 
 def strict(value: object) -> Any:  # noqa: ANN401 - as JSON has them
@@ -557,6 +593,7 @@ class RunOptions(NamedTuple):
     batch_api: bool = False
     no_wait: bool = False
     cancel: bool = False
+    max_cost: float | None = None
     out_dir: str | None = None
     concurrency: int = 5
     max_attempts: int = 3
@@ -575,6 +612,11 @@ class RunOptions(NamedTuple):
     def resumes(self) -> bool:
         """Whether images that are there count."""
         return self.skip_existing or self.remake
+
+    @property
+    def price_share(self) -> float:
+        """What of the prices is paid."""
+        return BATCH_API_SHARE if self.batch_api else 1.0
 
 
 DEFAULTS = ImageRequest._field_defaults | RunOptions._field_defaults
@@ -638,6 +680,7 @@ class Entry(NamedTuple):
     mtime: int = 0  # nanoseconds
     request_id: str | None = None
     usage: Mapping[str, Any] | None = None  # of the whole answer, beside its first image
+    cost_usd: float | None = None  # the same
     time: str = ""
     temporary: str = ""  # the file's name until it has got its own
     kept: bool = False  # it has another file, or another image its place: no job looks for it
@@ -649,12 +692,20 @@ class Entry(NamedTuple):
         return self._replace(name=name, temporary=temporary)
 
 
+class Memory(NamedTuple):
+    """What a folder remembers by its manifest."""
+
+    entries: dict[str, Entry]  # by name
+    spent: float  # dollars, over all runs
+
+
 class Plan(NamedTuple):
     """What a command is about to do."""
 
     jobs: tuple[Job, ...]
+    to_send: tuple[Job, ...] = ()  # those that are to be paid for
     others: tuple[Job, ...] = ()  # that --only leaves out
-    entries: dict[str, Entry] | None = None  # the folder's manifest, by name; None: it has none
+    memory: Memory | None = None  # of the folder of a batch
     problems: tuple[tuple[int, str], ...] = ()  # of reading them, by line
     sheet: Output | None = None  # the contact sheet
     existing: Existing = "refuse"  # what is done about files that are there
@@ -705,6 +756,7 @@ class Delivery(NamedTuple):
     seconds: float = 0.0
     request_id: str | None = None
     usage: dict[str, Any] | None = None
+    cost_usd: float | None = None  # of all its answers; None: unknown
     size: str | None = None
     quality: str | None = None
 
@@ -783,6 +835,13 @@ def as_seconds(value: object) -> float:
     if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", digits) or float(digits) == 0:
         raise argparse.ArgumentTypeError(f"has to be a positive number of seconds, not {value!r}")
     return float(digits)
+
+
+def as_dollars(value: object) -> float:
+    """Accept an amount of dollars."""
+    if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", str(value)):
+        raise argparse.ArgumentTypeError(f"has to be dollars, as 2.50, not {received(value)}")
+    return float(str(value))
 
 
 def as_format(value: object) -> str:
@@ -1000,6 +1059,11 @@ RUN = (
     Option("--dry-run", None, "print what would be sent, and send nothing"),
     Option("--json", None, "one JSON object a line on stdout for each job"),
     Option("--quiet", None, "errors only on stderr"),
+    Option(
+        "--max-cost USD",
+        as_dollars,
+        "spend no more than this in this run; needs a size and a quality other than auto",
+    ),
     Option(
         "--max-attempts N",
         as_whole_number,
@@ -1686,11 +1750,14 @@ def read_entry(line: bytes) -> Entry | None:
         fields = mapping(json.loads(line))
         entry = Entry(**{key: fields[key] for key in Entry._fields if key in fields})
         entry = entry._replace(usage=None, prompt=sys.intern(entry.prompt))  # as the job has it
+        cost = entry.cost_usd or 0.0
         texts = (entry.name, entry.temporary, entry.prompt, entry.sha256, entry.image)
         numbers = (entry.bytes, entry.mtime)
         if (
             all(isinstance(text, str) for text in texts)
             and all(isinstance(number, int) for number in numbers)
+            and cost is not True
+            and 0 <= cost < 1e9
             and isinstance(entry.asked, dict)
             and str(entry.digest).startswith(f"{DIGEST_VERSION}-")
             and entry.name.isprintable()
@@ -1701,15 +1768,25 @@ def read_entry(line: bytes) -> Entry | None:
     return None
 
 
-def read_manifest(folder: str) -> dict[str, Entry]:
-    """Return what a folder remembers of its images, by name; the last word on each counts."""
-    name = os.path.join(folder, MANIFEST_NAME)
-    entries = {}
+def add_to(memory: Memory, entry: Entry) -> Memory:
+    """Let a folder remember one thing more; the last word on a name counts."""
+    if entry.void:
+        memory.entries.pop(entry.name, None)
+    elif entry.name:
+        memory.entries[entry.name] = entry._replace(usage=None, cost_usd=None)
+    cost = entry.cost_usd or 0.0
+    return memory._replace(spent=memory.spent + (-cost if entry.void else cost))
+
+
+def read_manifest(folder: str) -> Memory:
+    """Return what a folder remembers."""
+    name, memory = os.path.join(folder, MANIFEST_NAME), Memory({}, 0.0)
     with suppress(OSError):
         if os.path.isfile(name):
             with open(name, "rb") as file:
-                entries = {entry.name: entry for entry in map(read_entry, file) if entry}
-    return {name: entry for name, entry in entries.items() if name and not entry.void}
+                for entry in filter(None, map(read_entry, file)):
+                    memory = add_to(memory, entry)
+    return memory
 
 
 def origin_of(folder: str, entry: Entry) -> Origin | None:
@@ -1885,6 +1962,98 @@ def select_jobs(jobs: Sequence[Job], only: str, paths: Mapping[Slot, str]) -> se
             )
         chosen |= meant
     return chosen
+
+
+# ── 7a · Cost ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def output_tokens(width: int, height: int, cells: int) -> int:
+    """Return the tokens of an image, by the number of cells along its longer edge.
+
+    As OpenAI's own calculator has it; halves are rounded to even.
+    """
+    rows = round(cells * min(width, height) / max(width, height))
+    return -(-cells * rows * (2_000_000 + width * height) // 4_000_000)
+
+
+def tokens_between(request: ImageRequest) -> tuple[int, int] | None:
+    """Return the fewest and the most output tokens of a request; None where no formula is known."""
+    family = model_family(request.model)
+    size = re.fullmatch("([0-9]{1,6})x([0-9]{1,6})", request.size)
+    if family is None or request.output_format not in PICTURE_FORMATS:
+        return None
+    sizes = [(int(size[1]), int(size[2]))] if size else EXTREME_SIZES
+    counts = [
+        output_tokens(*edges, cells)
+        for quality, cells in zip(family.qualities, family.cells, strict=False)
+        for edges in sizes
+        if request.quality in (quality, "auto") and min(edges)
+    ]
+    if not counts:
+        return None
+    drafts = DRAFT_TOKENS * (request.partial_images or 0)
+    return request.n * min(counts) + drafts, request.n * max(counts) + drafts
+
+
+def bound_of(request: ImageRequest, options: RunOptions) -> float:
+    """Return the most that a request can cost, in dollars; 0 where no formula is known."""
+    _, most = tokens_between(request) or (0, 0)
+    words = -(-len(request.prompt.encode()) // PROMPT_BYTES)
+    tokens = most * PRICES["image out"] + words * PRICES["text in"]
+    whole = tokens / 1_000_000 + INPUT_IMAGE_DOLLARS * len(request.files)
+    return whole * options.price_share if most else 0.0
+
+
+def cost_of(
+    request: ImageRequest, usage: Mapping[str, Any] | None, options: RunOptions
+) -> float | None:
+    """Return what an answer has cost by the tokens that it tells, in dollars; None: unknown."""
+    family = model_family(request.model)
+    if not usage or family is None or not family.priced or "svg_usage" in usage:
+        return None  # the model that writes an SVG has prices of its own
+    told = mapping(usage.get("input_tokens_details"))
+    if not told and not request.files:
+        told = {"text_tokens": usage.get("input_tokens"), "image_tokens": 0}
+    counts = {
+        "text in": told.get("text_tokens"),
+        "image in": told.get("image_tokens"),
+        "image out": usage.get("output_tokens"),
+    }
+    parts = [
+        PRICES[kind] * count for kind in PRICES if (count := whole_number(counts[kind])) is not None
+    ]
+    if len(parts) < len(PRICES):
+        return None
+    return round(sum(parts) / 1_000_000 * options.price_share, 9)
+
+
+def estimate(jobs: Iterable[Job], options: RunOptions) -> str:
+    """Say what the images of jobs are about to cost; empty if there are none."""
+    least = most = images = 0
+    unknown: dict[str, int] = {}
+    for request in (job.wanted for job in jobs):
+        tokens = tokens_between(request)
+        if tokens is None:
+            is_picture = request.output_format in PICTURE_FORMATS
+            what = request.model if is_picture else request.output_format
+            unknown[what] = unknown.get(what, 0) + request.n
+        else:
+            least, most, images = least + tokens[0], most + tokens[1], images + request.n
+    said = []
+    if images:
+        price = PRICES["image out"] / 1_000_000 * options.price_share
+        costs = dict.fromkeys((dollars(least * price), dollars(most * price)))
+        tokens_said = dict.fromkeys((f"{least:,}", f"{most:,}"))
+        half = " at half price" if options.batch_api else ""
+        why = ", as size or quality is auto" if least < most else ""
+        said.append(
+            f"about {' to '.join(costs)} for {counted(images, 'image')} "
+            f"({' to '.join(tokens_said)} output tokens{half}{why}; prices of {PRICES_DATE}); "
+            "prompts and input images come on top"
+        )
+    for what, number in unknown.items():
+        said.append(f"no estimate for {counted(number, 'image')} of {what}: no formula is known")
+    return "; ".join(said)
 
 
 # ── 8 · Preflight ─────────────────────────────────────────────────────────────────────────────────
@@ -2165,6 +2334,35 @@ def check_run(options: RunOptions) -> Iterator[str]:
             yield f"--{key} needs --batch-api"
 
 
+def check_bound(request: ImageRequest) -> Iterator[str]:
+    """Check that it is known beforehand what a request can cost at most."""
+    family = model_family(request.model)
+    needs = "--max-cost has to know the most that it costs"
+    for key in ("size", "quality"):
+        if getattr(request, key) == "auto":
+            yield f"{key} auto: {needs}; give {flag(key)}"
+    if request.output_format not in PICTURE_FORMATS:
+        yield f"output_format {request.output_format}: {needs}, and no formula is known"
+    elif family is None or not family.cells:
+        models = models_with(lambda row: bool(row.cells))
+        yield f"model {request.model}: {needs}, and no formula is known; models with it: {models}"
+
+
+def check_cost(plan: Plan, options: RunOptions) -> Iterator[tuple[int, str]]:
+    """Check that --max-cost can hold, and allows all that would be sent."""
+    cap = options.max_cost
+    if cap is None:
+        return
+    problems = [(job.line, said) for job in plan.to_send for said in check_bound(job.request)]
+    yield from problems
+    bound = sum(bound_of(job.wanted, options) for job in plan.to_send)
+    if bound > cap and not problems:
+        images = counted(sum(len(job.missing) for job in plan.to_send), "image")
+        most = f"{images} can cost {dollars(bound)} with prompts and input images"
+        way_on = "raise it, or ask for fewer, smaller or lower ones"
+        yield 0, f"--max-cost {dollars(cap)}: {most} (prices of {PRICES_DATE}); {way_on}"
+
+
 def check_folder(folder: str) -> Iterator[str]:
     """Check that files can be made in a folder, which may be made first."""
     above = folder or "."
@@ -2410,7 +2608,7 @@ def preflight(plan: Plan, options: RunOptions) -> list[str]:
             found += [(job.line, finding) for finding in check_inputs(job.request, inspect)]
     if options.keep_partials and not any(job.request.partial_images for job in plan.jobs):
         found.append((0, Notice("--keep-partials means nothing without --partial-images")))
-    found += check_outputs(plan)
+    found += [*check_outputs(plan), *check_cost(plan, options)]
     if not options.dry_run:
         pillow = options.downscale_max_dim is not None or plan.sheet is not None
         found += [(0, finding) for finding in check_environment(pillow=pillow)]
@@ -2517,6 +2715,7 @@ CONNECT_SECONDS = 20.0
 READ_BYTES = 256 * 1024  # at once from a connection
 SPOOL_BYTES = READ_BYTES  # of an answer that stay in memory
 UNREACHABLE = "a sandbox or a proxy may refuse it, see references/codex-network.md"
+BUDGET_SECONDS = 0.05  # from one look at what is left of --max-cost to the next
 LEAST_DOUBTS = 3  # requests that may have been billed for nothing before the run gets careful
 # The first requests leave one after the other, so that a small limit shows before all are out.
 RAMP_SECONDS = 0.003
@@ -2804,6 +3003,55 @@ class RateGate:
             self.halt.stop_all(Failure("rate_limit", message, retryable=True))
 
 
+class Budget:
+    """What a command has spent, may have spent, and may still spend, in dollars.
+
+    A request is held at the most it can cost until its answer tells what it did cost; if none comes
+    and it may have been billed, for good. So --max-cost holds whatever happens.
+    """
+
+    def __init__(self, options: RunOptions, halt: Halt) -> None:
+        self.options = options
+        self.halt = halt
+        self.spent = 0.0  # with what may have been spent
+        self.open: dict[object, float] = {}  # by request in flight
+        self.turn = asyncio.Lock()
+
+    def take(self, key: object, bound: float) -> bool:
+        """Hold an amount for a request, if that much may still be spent."""
+        cap = self.options.max_cost
+        if cap is not None and self.spent + sum(self.open.values()) + bound > cap:
+            return False
+        self.open[key] = bound
+        return True
+
+    def refusal(self, bound: float) -> Failure:
+        """Return why a request is not sent."""
+        cap = dollars(self.options.max_cost or 0.0)
+        committed = dollars(self.spent + sum(self.open.values()))
+        message = f"--max-cost {cap} allows no {dollars(bound)} more: {committed} may be spent"
+        return Failure("max_cost", message)
+
+    async def admit(self, key: object, job: Job) -> None:
+        """Wait until a request may be sent, or stop the run if what is in flight changes nothing.
+
+        Whoever waits first is sent first, so that what is left goes to the jobs in their order.
+        """
+        bound = bound_of(job.wanted, self.options)
+        async with self.turn:
+            while not self.take(key, bound):
+                if not self.open:
+                    self.halt.stop_all(self.refusal(bound))
+                self.halt.check(job)
+                await self.halt.sleep(BUDGET_SECONDS)
+
+    def settle(self, key: object, cost: float | None = None) -> None:
+        """Note what a request in flight has cost; None: what was held for it may be spent."""
+        bound = self.open.pop(key, None)
+        if bound is not None:
+            self.spent += bound if cost is None else cost
+
+
 class Spool:
     """The raw body of an answer, outside the heap: some 4K answers at once would fill it."""
 
@@ -2916,6 +3164,12 @@ class Exchange:
         self.drafts: list[str] = []  # what a stream has left on disk
         self.sent = False  # a request has come through: it may have been billed, or was refused
         self.maybe_billed = False
+        self.cost_usd: float | None = None  # of its answers so far
+
+    def pay(self, cost: float | None) -> None:
+        """Add what an answer has cost, if that is known."""
+        if cost is not None:
+            self.cost_usd = cost + (self.cost_usd or 0.0)
 
 
 def api_errors(*more: type[Exception]) -> tuple[type[Exception], ...]:
@@ -2989,6 +3243,7 @@ class Channel:
         self.note = note
         self.halt = Halt()
         self.gate = RateGate(self.halt, options.max_wait, on_pause)
+        self.budget = Budget(options, self.halt)
         self.on_wire = 0  # requests that are being answered just now
         self.reached = False  # something has come from the other side
         self.told: set[str] = set()  # attempts at reaching it that have been reported
@@ -3020,7 +3275,7 @@ class Channel:
         """Send a job's request until something comes, or raise the error that ends the job."""
         while True:
             async with self.one_by_one if self.doubts >= self.most_doubts else nullcontext():
-                exchange.period = await self.gate.admit(job, exchange.patience)
+                exchange.period = await self.admit(job, exchange)
                 try:
                     spool = await self.post(job.wanted, exchange, on_draft)
                 except api_errors(OSError) as error:
@@ -3028,6 +3283,15 @@ class Channel:
                 else:
                     self.gate.taken()
                     return spool
+
+    async def admit(self, job: Job, exchange: Exchange) -> int:
+        """Wait until a job's request may be sent, for its cost and for the rate limit."""
+        await self.budget.admit(exchange, job)
+        try:
+            return await self.gate.admit(job, exchange.patience)
+        except BaseException:
+            self.budget.settle(exchange, 0.0)
+            raise
 
     async def post(self, request: ImageRequest, exchange: Exchange, on_draft: OnDraft) -> Spool:
         """Send one request; return the raw body of its answer, also of one that breaks off."""
@@ -3085,6 +3349,7 @@ class Channel:
     async def recover(self, job: Job, exchange: Exchange, verdict: Verdict) -> None:
         """Wait until the request can be sent again, or raise the error that ends the job."""
         failure, patience = verdict.failure, exchange.patience
+        self.budget.settle(exchange, None if failure.maybe_billed else 0.0)
         exchange.request_id = verdict.request_id or exchange.request_id
         exchange.sent = exchange.sent or self.reached or failure.maybe_billed
         if not exchange.sent:
@@ -3516,10 +3781,10 @@ def linked(path: str) -> Iterator[str]:
 class Manifest:
     """The manifest of a folder, to be added to by many threads."""
 
-    def __init__(self, folder: str, entries: dict[str, Entry]) -> None:
+    def __init__(self, folder: str, memory: Memory) -> None:
         self.folder = folder
         self.path = os.path.join(folder, MANIFEST_NAME)
-        self.entries = entries
+        self.memory = memory
         self.lock = threading.Lock()
         self.problem = ""  # what it could not be told
 
@@ -3538,12 +3803,8 @@ class Manifest:
         """Add entries that outlive a power cut; where that fails, an image is worth more."""
         lines = b"".join(json.dumps(entry._asdict()).encode() + b"\n" for entry in entries)
         with self.lock:
-            # What an answer has used is for the file alone: it is half of what an entry takes.
-            kept = (entry._replace(usage=None, temporary="") for entry in entries)
-            self.entries |= {entry.name: entry for entry in kept}
             for entry in entries:
-                if entry.void:
-                    del self.entries[entry.name]
+                self.memory = add_to(self.memory, entry._replace(temporary=""))
             try:
                 with open(self.path, "ab+") as file:
                     end = file.seek(0, os.SEEK_END)
@@ -3557,7 +3818,7 @@ class Manifest:
 
     def entry_of(self, path: str) -> Entry | None:
         """Return what is known of an image."""
-        return self.entries.get(os.path.basename(path))
+        return self.memory.entries.get(os.path.basename(path))
 
 
 class Note(NamedTuple):
@@ -3585,7 +3846,7 @@ class Note(NamedTuple):
         try:
             yield
         except OSError:
-            self.manifest.append(former or entry._replace(void=True))
+            self.manifest.append(entry._replace(void=True), *filter(None, [former]))
             raise
 
     def confirm(self, name: str) -> None:
@@ -3649,7 +3910,7 @@ def take_over(moves: Sequence[tuple[Output, str, Entry]], manifest: Manifest) ->
 
 def finish_images(manifest: Manifest) -> None:
     """Give their names to images whose run was killed when only that was left to do."""
-    found = [entry for entry in manifest.entries.values() if entry.temporary]
+    found = [entry for entry in manifest.memory.entries.values() if entry.temporary]
     left = set(os.listdir(manifest.folder or ".")) if found else set()
     for entry in found:
         temporary, path = (
@@ -3813,7 +4074,7 @@ def save_items(
         except JobError as error:
             failures.append(error.failure)
             continue
-        note = note and note._replace(entry=note.entry._replace(usage=None))
+        note = note and note._replace(entry=note.entry._replace(usage=None, cost_usd=None))
         warnings += surprises
         if index < asked:
             images[output.path] = saved
@@ -3826,23 +4087,26 @@ def save_items(
     return images, warnings, failures
 
 
-def note_on(job: Job, answer: Answer, request_id: str | None, manifest: Manifest) -> Note:
+def note_on(job: Job, delivery: Delivery, manifest: Manifest | None) -> Note | None:
     """Return what a manifest is to say of the images of an answer."""
+    if manifest is None or not job.digest:
+        return None
     entry = Entry("", job.digest, job.asked, job.request.title, job.request.model)
-    usage = usage_of(answer.fields)
-    return Note(manifest, entry._replace(request_id=request_id, usage=usage))
+    entry = entry._replace(usage=delivery.usage, cost_usd=delivery.cost_usd)
+    return Note(manifest, entry._replace(request_id=delivery.request_id))
 
 
 def save_answer(
-    job: Job, answer: Answer, request_id: str | None, manifest: Manifest | None
+    job: Job, answer: Answer, delivery: Delivery, manifest: Manifest | None, options: RunOptions
 ) -> Delivery:
     """Save what an answer brings; what brings less than was asked for is kept as it came, too.
 
-    Runs in a worker thread.
+    The delivery says how it came. Runs in a worker thread.
     """
     asked, came = len(job.missing), len(answer.items)
-    note = note_on(job, answer, request_id, manifest) if manifest and job.digest else None
-    images, warnings, failures = save_items(job, answer.items, note)
+    usage = usage_of(answer.fields)
+    delivery = delivery._replace(usage=usage, cost_usd=cost_of(job.request, usage, options))
+    images, warnings, failures = save_items(job, answer.items, note_on(job, delivery, manifest))
     for folder in dict.fromkeys(os.path.dirname(image.path) for image in images.values()):
         sync_folder(folder)
     if not came:
@@ -3856,11 +4120,10 @@ def save_answer(
         path = next((item.path for item in job.missing if item.path not in images), "image")
         message = f"{failure.message}{keep_answer(path, answer.raw)}"
         failure = failure._replace(message=message, maybe_billed=True)
-    return Delivery(
+    return delivery._replace(
         images=images,
         warnings=tuple(warnings),
         failure=failure,
-        usage=usage_of(answer.fields),
         size=strict(answer.fields.get("size")),
         quality=strict(answer.fields.get("quality")),
     )
@@ -4036,6 +4299,7 @@ def as_record(outcome: Outcome) -> dict[str, Any]:
         "seconds": round(delivery.seconds, 3),
         "request_id": delivery.request_id,
         "usage": delivery.usage,
+        "cost_usd": delivery.cost_usd,
         "size": delivery.size,
         "quality": delivery.quality,
         "warnings": list(delivery.warnings),
@@ -4046,7 +4310,7 @@ def as_record(outcome: Outcome) -> dict[str, Any]:
 # Failures that repeating the command unchanged does not mend. Whatever else fails may pass.
 LASTING = (
     *("moderation", "invalid_request", "unknown_model", "permission", "authentication", "quota"),
-    *("input", "stale", "batch_ended"),
+    *("input", "stale", "batch_ended", "max_cost"),
 )
 # When it makes sense to repeat the command, after what is not mended by time alone.
 CONDITIONS = {
@@ -4059,6 +4323,7 @@ CONDITIONS = {
     "quota": "after topping up",
     "stale": "to make stale images again",
     "batch_ended": "to submit what is missing anew",
+    "max_cost": "with another --max-cost",
     "address": "with another OPENAI_BASE_URL",
     "write": "with room on the disk",
     "bad_answer": "to pay for an answer once more",
@@ -4078,8 +4343,11 @@ class Report:
         self.terminal = sys.stderr.isatty() and not options.quiet
         self.counts: dict[tuple[Status, str], int] = {}  # by status, and the cause of it
         self.left: dict[str, list[Job]] = {}  # by what has to happen first
-        self.unsent: dict[str, int] = {}  # by the reason, in words
+        self.unsent: dict[Failure, list[Job]] = {}  # by the reason
         self.images = self.tokens = self.in_flight = 0
+        self.cost = 0.0  # dollars
+        self.uncosted = 0  # jobs that may have cost more than is known
+        self.folder_cost = 0.0  # dollars, of all runs in the folder
         self.incomplete = False  # and repeating the command can help
         self.interrupted = False
         self.unfinished = False
@@ -4103,16 +4371,20 @@ class Report:
         self.counts[status, cause] = self.counts.get((status, cause), 0) + 1
         tokens = mapping(delivery.usage).get("total_tokens")
         self.tokens += tokens if isinstance(tokens, int) else 0
+        self.cost += delivery.cost_usd or 0.0
         for warning in delivery.warnings:
             self.warn(f"{job.where}{warning}")
         if status not in ("skipped", "stale"):
-            self.images += sum(image.origin == "new" for image in delivery.images.values())
+            new = sum(image.origin == "new" for image in delivery.images.values())
+            self.images += new
+            doubt = delivery.maybe_billed or (failure is not None and failure.maybe_billed)
+            self.uncosted += doubt or (new > 0 and delivery.cost_usd is None)
         if failure:
             self.left.setdefault(CONDITIONS.get(cause, ""), []).append(job)
             self.incomplete |= cause not in LASTING
         self.tell_end(outcome)
         if status == "not_sent" and failure:
-            self.unsent[failure.message] = self.unsent.get(failure.message, 0) + 1
+            self.unsent.setdefault(failure, []).append(job)
         elif failure and status != "submitted":
             self.error(f"{job.where}{failure.message}")
         self.status()
@@ -4134,8 +4406,10 @@ class Report:
 
     def close(self, resume: str = "", halted: Failure | None = None) -> None:
         """Print what remains to be said at the end of the run."""
-        for reason, number in self.unsent.items():
-            self.error(f"{counted(number, 'job')} not sent: {reason}")
+        for reason, jobs in self.unsent.items():
+            bound = sum(bound_of(job.wanted, self.options) for job in jobs)
+            more = f"; {dollars(bound)} would do for them" if reason.cause == "max_cost" else ""
+            self.error(f"{counted(len(jobs), 'job')} not sent: {reason.message}{more}")
         if halted and (waiting := self.count_of("submitted")):
             self.error(f"{counted(waiting, 'job')} not collected: {halted.message}")
         by_status = sorted(self.counts.items(), key=lambda item: STATUSES.index(item[0][0]))
@@ -4145,12 +4419,22 @@ class Report:
             for (status, cause), number in by_status
         )
         elapsed = duration(self.clock() - self.started)
+        so_far = f"; this folder so far: {dollars(self.folder_cost)}" if self.folder_cost else ""
         self.note(
             f"{counted(self.total, 'job')}: {ends}; "
-            f"{counted(self.images, 'image')}, {counted(self.tokens, 'token')}, {elapsed}"
+            f"{counted(self.images, 'image')}, {counted(self.tokens, 'token')}, "
+            f"{self.spending}, {elapsed}{so_far}"
         )
         for line in self.ways_on(resume):
             (self.say if self.interrupted else self.note)(line)
+
+    @property
+    def spending(self) -> str:
+        """What the run has cost, as far as it is known."""
+        unknown = f"{counted(self.uncosted, 'job')} of unknown cost"
+        if not self.uncosted:
+            return dollars(self.cost)
+        return f"{dollars(self.cost)} and {unknown}" if self.cost else unknown
 
     def ways_on(self, resume: str) -> Iterator[str]:
         """Say how to get what is missing, and under which condition."""
@@ -4330,7 +4614,7 @@ PROOF_BYTES = 64 * 1024
 
 def manifest_of(plan: Plan, options: RunOptions) -> Manifest | None:
     """Return the manifest of a run's folder, if it has one."""
-    return None if plan.entries is None else Manifest(options.out_dir or "", plan.entries)
+    return None if plan.memory is None else Manifest(options.out_dir or "", plan.memory)
 
 
 class Run:
@@ -4442,10 +4726,10 @@ async def fetch(job: Job, run: Run, exchange: Exchange) -> tuple[Spool, Answer |
 
 
 async def bring(
-    job: Job, read: Callable[[], Answer], request_id: str | None, run: Run
+    job: Job, read: Callable[[], Answer], came: Delivery, run: Run
 ) -> tuple[Delivery, Verdict]:
     """Read an answer and save what it holds, or first fetch the images that it only names."""
-    save = functools.partial(save_answer, request_id=request_id, manifest=run.manifest)
+    save = functools.partial(save_answer, delivery=came, manifest=run.manifest, options=run.options)
 
     def save_at_once() -> tuple[Answer, list[int], Delivery | None]:
         answer = read()  # and written in the same breath: no other answer waits unpacked
@@ -4470,7 +4754,8 @@ async def exchange_once(job: Job, run: Run, exchange: Exchange) -> tuple[Deliver
     """Send a job's request, and save what the answer brings."""
     spool, answer = await fetch(job, run, exchange)
     try:
-        return await bring(job, lambda: answer or read_spool(spool), exchange.request_id, run)
+        came = Delivery(request_id=exchange.request_id)
+        return await bring(job, lambda: answer or read_spool(spool), came, run)
     except asyncio.CancelledError:
         keep_answer(job.missing[0].path, spool.read)  # it names images that are paid for
         raise
@@ -4486,6 +4771,8 @@ async def deliver(job: Job, run: Run, exchange: Exchange) -> Delivery:
     try:
         while True:
             delivery, verdict = await exchange_once(job, run, exchange)
+            exchange.pay(delivery.cost_usd)
+            run.channel.budget.settle(exchange, delivery.cost_usd)
             if delivery.images or delivery.failure is None:
                 run.channel.doubts = 0
                 break
@@ -4494,11 +4781,14 @@ async def deliver(job: Job, run: Run, exchange: Exchange) -> Delivery:
         if not (exchange.patience.attempts and exchange.sent):
             unbilled = error.failure._replace(maybe_billed=False)
             return Delivery(failure=unbilled, held_back=True)
-        return Delivery(failure=exchange.patience.last)
+        last = exchange.patience.last
+        return Delivery(failure=last and last._replace(behind=error.failure.cause))
     except JobError as error:
+        run.channel.budget.settle(exchange, None if error.failure.maybe_billed else 0.0)
         run.heed(job, error.failure)
         return Delivery(failure=error.failure)
     except asyncio.CancelledError:  # by a second signal
+        run.channel.budget.settle(exchange)
         lost = Failure("interrupted", "dropped while in flight", retryable=True, maybe_billed=True)
         run.heed(job, lost)
         return Delivery(failure=lost)
@@ -4519,6 +4809,7 @@ def with_history(delivery: Delivery, exchange: Exchange) -> Delivery:
         maybe_billed=exchange.maybe_billed,
         attempts=exchange.patience.attempts,
         request_id=exchange.request_id,
+        cost_usd=exchange.cost_usd,
     )
 
 
@@ -4712,6 +5003,7 @@ async def running(plan: Plan, report: Report) -> AsyncIterator[Run]:
         if run.manifest and run.manifest.problem:
             said = "it will not know some images of this run"
             report.warn(f"the manifest takes no more, {said}: {run.manifest.problem}")
+        report.folder_cost = run.manifest.memory.spent if run.manifest else 0.0
 
 
 async def run_jobs(plan: Plan, report: Report) -> list[Outcome]:
@@ -4791,11 +5083,6 @@ class OtherRangeError(Exception):
 def is_id(value: object) -> bool:
     """Tell whether a value can be an id of the API, and part of an address."""
     return isinstance(value, str) and re.fullmatch(r"\w[\w.:-]{0,199}", value) is not None
-
-
-def whole_number(value: object) -> int | None:
-    """Return a number of the other side, None where something else stands."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
 class StoredFile(NamedTuple):
@@ -5012,6 +5299,18 @@ class Submission:
     def finished(self) -> bool:
         """Whether nothing remains to be submitted or collected."""
         return self.are_all(Stage.SETTLED, Stage.DROPPED)
+
+    def to_send(self, jobs: Iterable[Job]) -> tuple[Job, ...]:
+        """Return the jobs that have no batch yet, with the images that are asked for."""
+        if self.is_new:
+            return tuple(job for job in jobs if job.missing)
+        ended = (Stage.CREATED, Stage.SETTLED, Stage.DROPPED)
+        gone = {n for shard in self.shards if shard.stage in ended for n in shard.numbers}
+        return tuple(
+            job._replace(missing=tuple(job.outputs[n] for n in self.variants[job.number]))
+            for job in jobs
+            if job.number in self.variants.keys() - gone
+        )
 
     def planning(self, options: RunOptions) -> RunOptions:
         """Return the options that its jobs are planned by: what began it says what is replaced."""
@@ -5584,6 +5883,7 @@ class BatchClient:
             patience.begin()
             shard.attempts += 1
             shard.asked_at = time.time()
+            held = self.hold(shard)
             advance(shard, Stage.CREATING)
             self.sent_at[shard.index] = self.run.clock()
             ask = functools.partial(create, input_file_id=shard.file_id or "")
@@ -5592,12 +5892,22 @@ class BatchClient:
             except api_errors(OddAnswerError, TimeoutError) as error:
                 if is_refused(error):
                     advance(shard, Stage.UPLOADED)
+                    self.run.channel.budget.settle(held, 0.0)
                 await self.wait(patience, error)
             else:
                 advance(shard, Stage.CREATED)
         await self.find_twins(shard)
         jobs = counted(len(shard.numbers), "job")
         self.run.report.note(f"batch {shard.batch_id}: {jobs} submitted")
+
+    def hold(self, shard: Shard) -> tuple[int, int]:
+        """Hold what a batch can cost, or raise a JobError; each try at creating it counts."""
+        budget, key = self.run.channel.budget, (shard.index, shard.attempts)
+        wanted = (job.wanted for job in self.asked(shard.numbers))
+        bound = sum(bound_of(request, self.run.options) for request in wanted)
+        if not budget.take(key, bound):
+            raise JobError(budget.refusal(bound))
+        return key
 
     # look for batches
 
@@ -5981,8 +6291,7 @@ class BatchClient:
         self, job: Job, answer: Answer, delivery: Delivery, collection: Collection
     ) -> None:
         """Save the images of a job."""
-        saved, _ = await bring(job, lambda: answer, delivery.request_id, self.run)
-        saved = saved._replace(attempts=delivery.attempts, request_id=delivery.request_id)
+        saved, _ = await bring(job, lambda: answer, delivery, self.run)
         is_unwritten = saved.failure is not None and saved.failure.kind == "write"
         if is_unwritten and saved.failure:  # it is still there to be fetched once more
             collection.lines.discard(f"job-{job.number}")
@@ -6002,7 +6311,7 @@ class BatchClient:
         custom_id, delivery, answer, _ = result
         if answer is not None:
             job = stray_job(custom_id, self.folder, max(1, len(answer.items)))
-            delivery, _ = await bring(job, lambda: answer, delivery.request_id, self.run)
+            delivery, _ = await bring(job, lambda: answer, delivery, self.run)
         kept = listing(image.path for image in delivery.images.values())
         self.run.report.warn(
             f"a result for {received(custom_id)}, which is no job of its batch"
@@ -6102,7 +6411,8 @@ class BatchClient:
         if not job.missing or (collected and all(saved_file(item.path) for item in job.outputs)):
             return job._replace(missing=()), at_rest(job)
         if shard and shard.refusal and not batch_id:
-            return job, Delivery(failure=shard.refusal)
+            held_back = shard.refusal.kind == "max_cost"
+            return job, Delivery(failure=shard.refusal, held_back=held_back)
         if collected:
             message = f"batch {batch_id} is collected; its image is not on disk"
             return job, Delivery(failure=Failure("batch_ended", message))
@@ -6189,7 +6499,7 @@ def print_dry_run(plan: Plan, report: Report) -> None:
     for job in plan.jobs:
         if job.stale:
             report.warn(f"{job.where}{job.stale}")
-        elif not job.missing and plan.entries is None:
+        elif not job.missing and plan.memory is None:
             report.note("nothing to send, its files are there")
         elif job.missing and options.batch_api:
             uploads = {name: f"upload of {name}" for name in job.request.files}
@@ -6232,29 +6542,38 @@ def refusing(folder: str) -> Iterator[None]:
 
 def recall(
     jobs: Sequence[Job], former: Submission | None, options: RunOptions
-) -> tuple[list[Job], dict[str, Entry]]:
+) -> tuple[list[Job], Memory]:
     """Return jobs with what makes their images, and what the folder remembers of its images."""
     folder = options.out_dir or ""
-    entries = read_manifest(folder)
-    if options.dry_run and not entries:  # nothing to compare with
-        return list(jobs), entries
+    memory = read_manifest(folder)
+    if options.dry_run and not memory.entries:  # nothing to compare with
+        return list(jobs), memory
     if not options.dry_run:
         with refusing(folder):
-            finish_images(Manifest(folder, entries))
+            finish_images(Manifest(folder, memory))
     sent = former.sources if former and not former.finished else {}
-    return [with_digest(job, sent) for job in jobs], entries
+    return [with_digest(job, sent) for job in jobs], memory
+
+
+def jobs_to_send(
+    jobs: Sequence[Job], submission: Submission | None, options: RunOptions
+) -> tuple[Job, ...]:
+    """Return the jobs that are to be paid for, with the images that are asked for."""
+    if submission:
+        return () if options.cancel else submission.to_send(jobs)
+    return tuple(job for job in jobs if job.missing)
 
 
 def plan_command(arguments: Arguments, options: RunOptions) -> tuple[Plan, Submission | None]:
     """Read the jobs, choose those that are meant, and find what is there of their images."""
     read, problems = read_jobs(arguments)
     jobs = [plan_outputs(job, options) for job in read]
-    entries = claims = submission = former = None
+    memory = claims = submission = former = None
     chosen = {job.number for job in jobs}
     if arguments.command == "generate-batch":
         former = load_submission(options.out_dir or ".")
-        jobs, entries = recall(jobs, former, options)
-        claims = Claims(jobs, entries, options.out_dir or "")
+        jobs, memory = recall(jobs, former, options)
+        claims = Claims(jobs, memory.entries, options.out_dir or "")
     if options.only is not None and jobs:
         chosen = select_jobs(jobs, options.only, claims.paths if claims else {})
         if len(chosen) > (MAX_BATCH_API_JOBS if options.batch_api else MAX_JOBS):
@@ -6265,7 +6584,7 @@ def plan_command(arguments: Arguments, options: RunOptions) -> tuple[Plan, Submi
         meant = [job for job in jobs if job.number in chosen]
         submission = open_submission(former, None if problems else meant, options)
         options = submission.planning(options)
-    elif entries is not None:
+    elif memory is not None:
         refuse_beside_batches(options.out_dir or ".", former)
     claims = None if options.existing == "replace" else claims
     as_they_are = options._replace(remake=False, skip_existing=options.resumes)
@@ -6273,10 +6592,12 @@ def plan_command(arguments: Arguments, options: RunOptions) -> tuple[Plan, Submi
         find_missing(job, options if job.number in chosen else as_they_are, claims) for job in jobs
     ]
     sheet = options.contact_sheet
+    chosen_jobs = tuple(job for job in found if job.number in chosen)
     plan = Plan(
-        jobs=tuple(job for job in found if job.number in chosen),
+        jobs=chosen_jobs,
+        to_send=jobs_to_send(chosen_jobs, submission, options),
         others=tuple(job for job in found if job.number not in chosen),
-        entries=entries,
+        memory=memory,
         problems=tuple(problems),
         sheet=Output(sheet, replace=may_derive(sheet, options.existing)) if sheet else None,
         existing=options.existing,
@@ -6293,9 +6614,12 @@ def run_command(arguments: Arguments) -> int:
             stack.enter_context(locked(options.out_dir or "."))
         plan, submission = plan_command(arguments, options)
         report = Report(len(plan.jobs), options)
-        for warning in preflight(plan, options):
+        warnings = preflight(plan, options)
+        if cost := estimate(plan.to_send, options):
+            report.note(cost)
+        for warning in warnings:
             report.warn(warning)
-        if plan.entries is not None and plan.existing == "keep":
+        if plan.memory is not None and plan.existing == "keep":
             report.note(sum_up(plan))
         if options.dry_run:
             print_dry_run(plan, report)

@@ -49,10 +49,11 @@ def document(result: Result) -> Json:
 
 
 def messages(result: Result, label: str) -> list[str]:
-    """The messages of one kind; there is nothing else than messages, each in one line."""
+    """The messages of one kind; there is nothing else than messages and what it would cost."""
     assert result.stderr.endswith("\n") or not result.stderr
     lines = result.stderr.split("\n")[:-1]
-    assert all(line.startswith(("Error: ", "Warning: ")) for line in lines), result.stderr
+    labels = ("Error: ", "Warning: ", "about $", "no estimate for ")
+    assert all(line.startswith(labels) for line in lines), result.stderr
     return [line.removeprefix(label) for line in lines if line.startswith(label)]
 
 

@@ -57,6 +57,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from email.utils import formatdate
+from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_type_hints
@@ -616,7 +617,11 @@ PARAMETERS: dict[str, TypeAdapter[Any]] = {
 MODELS = set(get_args(ImageModel)) - {"dall-e-2", "dall-e-3", "gpt-image-1"}  # these are shut down
 MINI = "gpt-image-1-mini"
 FIXED_SIZES = ("auto", "1024x1024", "1536x1024", "1024x1536")
-OUTPUT_TOKENS = {"low": 272, "medium": 1056, "high": 4160, "xhigh": 6240, "max": 8320}
+# The grid of tokens that a picture is made of: its longer edge, by quality; 2.5 has its own.
+GRID = {"low": 16, "medium": 48, "high": 96}
+GRID_OF_2_5 = {"low": 16, "medium": 24, "high": 48, "xhigh": 64, "max": 96}
+TOKENS_OF_AN_INPUT = 1024
+MILLION = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -829,11 +834,20 @@ def settings_of(order: Order, look: Look) -> Json:
     } | ({"safety_identifier": identifier} if identifier else {})
 
 
-def usage_of(order: Order, look: Look, pictures: int) -> Json:
+def drawn_tokens(order: Order, look: Look) -> int:
+    """Tokens of one picture, as OpenAI's calculator has them; for 2.6 nobody knows them."""
     quality = "medium" if order.quality == "auto" else order.quality
+    columns = (GRID if f"{order.model}-".startswith("gpt-image-2-") else GRID_OF_2_5).get(quality)
+    columns = columns or {**GRID_OF_2_5, **GRID}[quality]
+    long, short = max(look.width, look.height), min(look.width, look.height)
+    share = Fraction(2_000_000 + look.width * look.height, 4_000_000)
+    return math.ceil(columns * round(columns * Fraction(short, long)) * share)
+
+
+def usage_of(order: Order, look: Look, pictures: int, noise: float = 1.0) -> Json:
     text = len(order.prompt) // 4 + 1
-    seen = 1024 * len(order.images)
-    drawn = pictures * math.ceil(OUTPUT_TOKENS[quality] * look.width * look.height / 1024**2)
+    seen = TOKENS_OF_AN_INPUT * len(order.images)
+    drawn = math.floor(pictures * drawn_tokens(order, look) * noise)
     return {
         "input_tokens": text + seen,
         "input_tokens_details": {"text_tokens": text, "image_tokens": seen},
@@ -843,10 +857,17 @@ def usage_of(order: Order, look: Look, pictures: int) -> Json:
     }
 
 
-def images_document(order: Order, look: Look) -> list[bytes]:
+def price_of(usage: Json) -> float:
+    """Dollars, by the prices of 2026-11-25."""
+    details = usage["input_tokens_details"]
+    inputs = 5 * details["text_tokens"] + 8 * details["image_tokens"]
+    return float((inputs + 30 * usage["output_tokens"]) / MILLION)
+
+
+def images_document(order: Order, look: Look, usage: Json | None = None) -> list[bytes]:
     """An ImagesResponse in pieces, since json.dumps would copy 20 MB for each 4K picture."""
     head = {"created": int(time.time()), **settings_of(order, look)}
-    head["usage"] = usage_of(order, look, order.n)
+    head["usage"] = usage or usage_of(order, look, order.n)
     if look.output_format == "svg":
         tokens = {"input_tokens": 100, "output_tokens": 200, "reasoning_tokens": 0}
         model = (order.svg or {}).get("model", "gpt-6-astra")
@@ -857,13 +878,12 @@ def images_document(order: Order, look: Look) -> list[bytes]:
     return [*pieces, b"]}"]
 
 
-def stream_events(order: Order, look: Look) -> list[bytes]:
+def stream_events(order: Order, look: Look, usage: Json) -> list[bytes]:
     """For each picture its partial images, then the completed one, as server-sent events."""
     kind = "image_edit" if order.edit else "image_generation"
     shared = {"created_at": int(time.time()), **settings_of(order, look)}
     identifier = shared.pop("safety_identifier", None)
-    usage = usage_of(order, look, 1)
-    del usage["output_tokens_details"]
+    usage = {key: value for key, value in usage.items() if key != "output_tokens_details"}
     events: list[bytes] = []
     for index in range(order.n):
         drafts = order.partial_images
@@ -1464,6 +1484,8 @@ class ImagesAPI:
         self.auto_size = auto_size
         self.base_url = ""
         self.peak_in_flight = 0
+        self.billed = 0.0  # dollars, for what was drawn outside of batches
+        self.noise: Callable[[], float] = lambda: 1.0  # by which the tokens of pictures are off
         self._on_answer = on_answer
         self._in_flight = 0
         self._rules: list[Rule] = []
@@ -1555,6 +1577,10 @@ class ImagesAPI:
     def script_route(self, route: str, *replies: Reply, repeat: bool = False) -> None:
         """Replies for a route as `Request.route` names it, as in "POST /v1/batches"."""
         self._rules.append(Rule(route=route, replies=deque(replies), repeat=repeat))
+
+    def forget_script(self) -> None:
+        """What is left of all scripts is dropped."""
+        self._rules.clear()
 
     def plan_batch(self, *plans: BatchPlan) -> None:
         """How the next batches go."""
@@ -1698,7 +1724,10 @@ class ImagesAPI:
 
         async def draw() -> Answer:
             look = self._look(order)
-            make = partial(stream_events if order.stream else images_document, order, look)
+            usage = usage_of(order, look, order.n, self.noise())
+            with self._changed:
+                self.billed += price_of(usage)
+            make = partial(stream_events if order.stream else images_document, order, look, usage)
             chunks = await asyncio.get_running_loop().run_in_executor(self._artist, make)
             pause = self.latency / len(chunks) if order.stream else self.latency
             await asyncio.sleep(request.started + pause - time.monotonic())

@@ -115,7 +115,8 @@ def test_a_run_leaves_and_reports_what_a_live_run_does(
     run: Run, api: ImagesAPI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[tuple[int, list[Json], dict[str, bytes]]] = []
-    own = ("attempts", "seconds", "request_id")
+    costs: list[list[float | None]] = []
+    own = ("attempts", "seconds", "request_id", "cost_usd")
     api.script_for("two webp", *[moderation_blocked()] * 2)
     flags = ("--json", "--downscale-max-dim", 32, "--contact-sheet", "sheet.png")
     for way in ((), ("--batch-api",)):
@@ -128,9 +129,11 @@ def test_a_run_leaves_and_reports_what_a_live_run_does(
         contents["sheet"] = Path("sheet.png").read_bytes()
         for record in records:
             record["request_id"] = record["error"] and record["error"].pop("message") and None
+        costs.append([record["cost_usd"] for record in records])
         records = [{key: line[key] for key in line if key not in own} for line in records]
         found.append((result.exit_code, records, contents))
     at_once, in_batches = found
+    assert [cost and 2 * cost for cost in costs[1]] == costs[0]
     assert at_once[0] == in_batches[0] == 4
     assert at_once[1] == in_batches[1]
     assert at_once[2] == in_batches[2]
@@ -648,7 +651,7 @@ def test_a_wait_outlives_any_number_of_polls_without_an_answer(
     result = run(*queued(2, "--max-wait", 0.01, "--max-attempts", 1))
     assert result.exit_code == 0, result.stderr
     assert (len(api.batches), made()) == (1, live.images(1, 2))
-    assert len(result.stderr.splitlines()) < 8  # one and the same fault is told once
+    assert len(result.stderr.splitlines()) < 9  # one and the same fault is told once
 
 
 def test_without_waiting_each_batch_is_asked_for_as_often_as_the_others(

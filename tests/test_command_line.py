@@ -218,7 +218,7 @@ def test_the_last_of_a_repeated_flag_wins(run: Run) -> None:
     ("argv", "exit_code", "speaks_on"),
     [
         pytest.param(("--help",), 0, "stdout", id="help"),
-        pytest.param((*GENERATE,), 0, "stdout", id="valid dry run"),
+        pytest.param((*GENERATE, "--quiet"), 0, "stdout", id="valid dry run"),
         pytest.param((*GENERATE, "--n", "0"), 2, "stderr", id="refused value"),
         pytest.param(("generate", "--nonsense"), 2, "stderr", id="wrong syntax"),
         pytest.param(("generate", "--prompt", "x"), 2, "stderr", id="no key"),
@@ -290,10 +290,10 @@ def test_a_stream_that_is_closed_changes_no_exit_code(
 @pytest.mark.parametrize(
     "argv",
     [
-        pytest.param(GENERATE, id="a document"),
+        pytest.param((*GENERATE, "--quiet"), id="a document"),
         pytest.param(("generate", "--help"), id="help"),
         pytest.param(
-            ("generate-batch", "--input", "jobs.jsonl", "--out-dir", "d", "--dry-run"),
+            ("generate-batch", "--input", "jobs.jsonl", "--out-dir", "d", "--dry-run", "--quiet"),
             id="more than a pipe holds",
         ),
     ],

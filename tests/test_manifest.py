@@ -912,7 +912,8 @@ def test_hundreds_of_jobs_say_little_without_a_terminal(run: Run, api: ImagesAPI
     result = run(*live.batch(300, "--concurrency", 25))
     assert result.exit_code == 0
     assert len(result.stdout.splitlines()) == len(api.requests) == 300
-    (summary,) = result.stderr.splitlines()
+    cost, summary = result.stderr.splitlines()
+    assert cost.startswith("about $")
     assert summary.startswith("300 jobs: 300 done; 300 images, ")
     again = run(*live.batch(300, RESUME))
     assert (again.exit_code, again.stdout, len(again.stderr.splitlines())) == (0, "", 2)

@@ -213,14 +213,14 @@ def test_ci_runs_the_commands_of_the_readme_and_the_checks_of_the_code(reader: R
 
 def test_the_first_command_of_the_readme_prints_what_the_readme_shows(reader: Reader) -> None:
     command = blocks("README.md", "bash")[0].code.rsplit("&& .venv/bin/python ", 1)[1]
-    ended = finished(["sh", "-c", f"{sys.executable} {command}"])
+    ended = finished(["sh", "-c", f"{sys.executable} {command.strip()} 2>&1"])
     assert ended.exit_code == 0, ended.stderr
 
     def without_figures(text: str) -> str:
         return re.sub(r"\d[\d,.]*", "#", text)
 
     shown = blocks("README.md", "text")[0].code
-    assert without_figures(ended.stdout + ended.stderr) == without_figures(shown)
+    assert without_figures(ended.stdout) == without_figures(shown)
     with Image.open(reader.clone / "output/imagegen/fox.png") as fox:
         assert fox.size == (1024, 1024)
 
@@ -243,6 +243,7 @@ def test_the_messages_of_the_readme_are_those_of_the_program(
         said.append(run("generate", "--prompt", "x", *argv, *once, env=env).stderr)
 
     say(env={"OPENAI_API_KEY": ""})
+    say("--max-cost", "1")
     with monkeypatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", lambda _name: None)
         say()
@@ -436,6 +437,22 @@ def test_the_table_of_models_is_that_of_the_program() -> None:
     ]
 
 
+def test_the_prices_and_the_cells_are_those_of_the_program() -> None:
+    page = "references/image-api.md"
+    ((models, *dollars),) = table(page, "Money")
+    assert f" | {' | '.join(image_gen.PRICES)} |" in TEXT[page]
+    assert [float(amount) for amount in dollars] == list(image_gen.PRICES.values())
+    assert models.endswith(f", on {image_gen.PRICES_DATE}")
+    assert f"longer edge | {' | '.join(image_gen.QUALITIES[:-1])} |" in TEXT[page]
+    rows = table(page, "Money", 1)
+    shown = {row[0].strip("`"): [cell for cell in row[1:] if cell != "-"] for row in rows}
+    assert shown == {
+        row.prefix: [str(number) for number in row.cells]
+        for row in image_gen.MODEL_FAMILIES
+        if row.cells
+    }
+
+
 @pytest.mark.parametrize("page", TEXT)
 def test_every_model_and_size_in_the_pages_is_accepted(page: str, run: Run) -> None:
     families = [family.prefix for family in image_gen.MODEL_FAMILIES]
@@ -482,6 +499,10 @@ def facts() -> Iterator[tuple[str, str]]:
     yield api, f"within {g.SHUT_DOWN_NOTICE_DAYS} days"
     yield api, ", ".join(f"`{code}`" for code in g.NO_MONEY_CODES)
     yield api, "Facts read on 2026-11-22"
+    yield api, f"Each draft of a stream adds {g.DRAFT_TOKENS} tokens"
+    yield api, f"to ${g.INPUT_IMAGE_DOLLARS}"
+    yield cli, f"a token for {g.PROMPT_BYTES} bytes of prompt and ${g.INPUT_IMAGE_DOLLARS} for"
+    yield cli, f"prices of {g.PRICES_DATE}"
     yield api, f"An answer may have {g.MAX_ANSWER_BYTES >> 20} MB for each image"
     yield api, f"of an error {g.MAX_ERROR_BYTES >> 20} MB is read"
     yield api, f"at most {g.MAX_REDIRECTS} redirects"

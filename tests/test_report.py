@@ -25,7 +25,8 @@ ERROR_KEYS = {"kind", "code", "message", "retryable", "maybe_billed"}
 KEYS = {
     *("job", "line", "status", "title", "prompt", "endpoint", "model", "planned", "partials"),
     *("outputs", "outputs_downscaled"),
-    *("attempts", "seconds", "request_id", "usage", "size", "quality", "warnings", "error"),
+    *("attempts", "seconds", "request_id", "usage", "cost_usd", "size", "quality"),
+    *("warnings", "error"),
 }
 
 
@@ -118,11 +119,14 @@ def test_without_a_terminal_failures_and_a_summary_are_all_that_is_said(
 ) -> None:
     api.script_for("job 2", moderation_blocked())
     result = run(*live.batch(3, "--json"))
-    said = result.stderr.splitlines()
+    cost, *said = result.stderr.splitlines()
+    assert cost.startswith("about $")
     assert said[0] == f"Error: {live.error(result)}"
     assert said[0].startswith("Error: line 2: ")
     tokens = sum((record["usage"] or {}).get("total_tokens", 0) for record in result.json_lines)
-    assert said[1].startswith(f"3 jobs: 2 done, 1 failed (moderation); 2 images, {tokens} tokens, ")
+    assert said[1].startswith(
+        f"3 jobs: 2 done, 1 failed (moderation); 2 images, {tokens:,} tokens, "
+    )
     assert said[2].startswith("After the refused job has been changed: repeat the command")
     assert len(said) == 3
 
@@ -154,7 +158,8 @@ def test_without_a_terminal_a_long_run_tells_now_and_then_how_it_stands(
     result = run(*live.batch(3, "--concurrency", 3))
     releaser.join()
     assert told.is_set(), result.stderr
-    assert all(" in flight" in line or "job" in line for line in result.stderr.splitlines())
+    _, *said = result.stderr.splitlines()  # the first line is what it costs
+    assert all(" in flight" in line or "job" in line for line in said)
 
 
 def test_quiet_leaves_errors_only(run: Run, api: ImagesAPI) -> None:

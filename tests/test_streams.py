@@ -71,6 +71,7 @@ def test_a_draft_is_on_disk_while_the_request_is_open_and_goes_when_the_image_is
     api.script(held_after(1, gate))
     process = start_process(*live.generate("--partial-images", 2))
     assert process.stderr is not None
+    assert process.stderr.readline().startswith("about $")
     assert process.stderr.readline() == "draft 1: fox.partial-1.png\n"
     assert (made(), process.poll(), gate.is_set()) == (drafts(1), None, False)
     assert live.size_of("fox.partial-1.png") == (64, 64)
