@@ -68,6 +68,7 @@ from contextlib import (
 from datetime import date, datetime, timezone
 from enum import Enum
 from itertools import chain, count
+from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 __version__ = "0.2.0"
@@ -410,6 +411,12 @@ def one_line(message: object) -> str:
 def dollars(amount: float) -> str:
     """Return an amount to the cent, a small one to the tenth of it."""
     return f"${amount:,.2f}" if amount >= 1 else f"${amount:.3f}".removesuffix("0")
+
+
+def enough(amount: float) -> str:
+    """Return an amount that is to be given, or can be: not less than it is."""
+    steps = 100 if amount >= 1 else 1000
+    return dollars(ceil(amount * steps - 1e-6) / steps)
 
 
 def listing(values: Iterable[str]) -> str:
@@ -2017,7 +2024,7 @@ def cost_of(
     counts = {
         "text in": told.get("text_tokens"),
         "image in": told.get("image_tokens"),
-        "image out": usage.get("output_tokens"),
+        "image out": usage.get("output_tokens") or None,  # zero is what gateways say for unknown
     }
     parts = [
         PRICES[kind] * count for kind in PRICES if (count := whole_number(counts[kind])) is not None
@@ -2025,6 +2032,11 @@ def cost_of(
     if len(parts) < len(PRICES):
         return None
     return round(sum(parts) / 1_000_000 * options.price_share, 9)
+
+
+def exceeds(amount: float, cap: float | None) -> bool:
+    """Tell whether an amount is more than a cap, by more than sums of floats are off."""
+    return cap is not None and amount > cap + 1e-9
 
 
 def estimate(jobs: Iterable[Job], options: RunOptions) -> str:
@@ -2356,11 +2368,11 @@ def check_cost(plan: Plan, options: RunOptions) -> Iterator[tuple[int, str]]:
     problems = [(job.line, said) for job in plan.to_send for said in check_bound(job.request)]
     yield from problems
     bound = sum(bound_of(job.wanted, options) for job in plan.to_send)
-    if bound > cap and not problems:
+    if exceeds(bound, cap) and not problems:
         images = counted(sum(len(job.missing) for job in plan.to_send), "image")
-        most = f"{images} can cost {dollars(bound)} with prompts and input images"
+        most = f"{images} can cost {enough(bound)} with prompts and input images"
         way_on = "raise it, or ask for fewer, smaller or lower ones"
-        yield 0, f"--max-cost {dollars(cap)}: {most} (prices of {PRICES_DATE}); {way_on}"
+        yield 0, f"--max-cost {cap:.9g}: {most} (prices of {PRICES_DATE}); {way_on}"
 
 
 def check_folder(folder: str) -> Iterator[str]:
@@ -3019,18 +3031,16 @@ class Budget:
 
     def take(self, key: object, bound: float) -> bool:
         """Hold an amount for a request, if that much may still be spent."""
-        cap = self.options.max_cost
-        if cap is not None and self.spent + sum(self.open.values()) + bound > cap:
+        if exceeds(self.spent + sum(self.open.values()) + bound, self.options.max_cost):
             return False
         self.open[key] = bound
         return True
 
     def refusal(self, bound: float) -> Failure:
         """Return why a request is not sent."""
-        cap = dollars(self.options.max_cost or 0.0)
         committed = dollars(self.spent + sum(self.open.values()))
-        message = f"--max-cost {cap} allows no {dollars(bound)} more: {committed} may be spent"
-        return Failure("max_cost", message)
+        cap, more = f"--max-cost {self.options.max_cost:.9g}", enough(bound)
+        return Failure("max_cost", f"{cap} allows no {more} more: {committed} may be spent")
 
     async def admit(self, key: object, job: Job) -> None:
         """Wait until a request may be sent, or stop the run if what is in flight changes nothing.
@@ -4082,6 +4092,8 @@ def save_items(
                 warnings.append(
                     f"{output.path} has appeared meanwhile and is kept; saved as {saved.path}"
                 )
+    if note and note.entry.cost_usd is not None:  # no image has told it
+        note.manifest.append(note.entry)
     if len(items) > asked:
         warnings.append(f"{len(items) - asked} more images than asked for; saved beside the others")
     return images, warnings, failures
@@ -4323,7 +4335,7 @@ CONDITIONS = {
     "quota": "after topping up",
     "stale": "to make stale images again",
     "batch_ended": "to submit what is missing anew",
-    "max_cost": "with another --max-cost",
+    "max_cost": "with --max-cost ",  # and how much
     "address": "with another OPENAI_BASE_URL",
     "write": "with room on the disk",
     "bad_answer": "to pay for an answer once more",
@@ -4343,7 +4355,7 @@ class Report:
         self.terminal = sys.stderr.isatty() and not options.quiet
         self.counts: dict[tuple[Status, str], int] = {}  # by status, and the cause of it
         self.left: dict[str, list[Job]] = {}  # by what has to happen first
-        self.unsent: dict[Failure, list[Job]] = {}  # by the reason
+        self.unsent: dict[str, int] = {}  # by the reason, in words
         self.images = self.tokens = self.in_flight = 0
         self.cost = 0.0  # dollars
         self.uncosted = 0  # jobs that may have cost more than is known
@@ -4384,7 +4396,7 @@ class Report:
             self.incomplete |= cause not in LASTING
         self.tell_end(outcome)
         if status == "not_sent" and failure:
-            self.unsent.setdefault(failure, []).append(job)
+            self.unsent[failure.message] = self.unsent.get(failure.message, 0) + 1
         elif failure and status != "submitted":
             self.error(f"{job.where}{failure.message}")
         self.status()
@@ -4406,10 +4418,8 @@ class Report:
 
     def close(self, resume: str = "", halted: Failure | None = None) -> None:
         """Print what remains to be said at the end of the run."""
-        for reason, jobs in self.unsent.items():
-            bound = sum(bound_of(job.wanted, self.options) for job in jobs)
-            more = f"; {dollars(bound)} would do for them" if reason.cause == "max_cost" else ""
-            self.error(f"{counted(len(jobs), 'job')} not sent: {reason.message}{more}")
+        for reason, number in self.unsent.items():
+            self.error(f"{counted(number, 'job')} not sent: {reason}")
         if halted and (waiting := self.count_of("submitted")):
             self.error(f"{counted(waiting, 'job')} not collected: {halted.message}")
         by_status = sorted(self.counts.items(), key=lambda item: STATUSES.index(item[0][0]))
@@ -4450,6 +4460,8 @@ class Report:
                 numbers = ",".join(str(job.number) for job in jobs if job.line)
                 again = "repeat the command" + (f" with --only {numbers}" if numbers else "")
             when = condition[:1].upper() + condition[1:]
+            if condition == CONDITIONS["max_cost"]:
+                when += enough(sum(bound_of(job.wanted, options) for job in jobs))[1:]
             for_these = f"{when}: {again} ({counted(len(jobs), 'job')})."
             yield for_these if condition else resume or f"To resume, {again}."
 
@@ -4782,7 +4794,10 @@ async def deliver(job: Job, run: Run, exchange: Exchange) -> Delivery:
             unbilled = error.failure._replace(maybe_billed=False)
             return Delivery(failure=unbilled, held_back=True)
         last = exchange.patience.last
-        return Delivery(failure=last and last._replace(behind=error.failure.cause))
+        if last and error.failure.kind == "max_cost":
+            message = f"{last.message}; not sent again: {error.failure.message}"
+            last = last._replace(message=message, behind="max_cost")
+        return Delivery(failure=last)
     except JobError as error:
         run.channel.budget.settle(exchange, None if error.failure.maybe_billed else 0.0)
         run.heed(job, error.failure)
@@ -5306,10 +5321,11 @@ class Submission:
             return tuple(job for job in jobs if job.missing)
         ended = (Stage.CREATED, Stage.SETTLED, Stage.DROPPED)
         gone = {n for shard in self.shards if shard.stage in ended for n in shard.numbers}
+        left = self.variants.keys() - gone
         return tuple(
             job._replace(missing=tuple(job.outputs[n] for n in self.variants[job.number]))
             for job in jobs
-            if job.number in self.variants.keys() - gone
+            if job.number in left
         )
 
     def planning(self, options: RunOptions) -> RunOptions:
