@@ -27,6 +27,7 @@ The file, from top to bottom; a section uses only what stands above it:
     6  image files by their own bytes      what they say, from their heads to their ends
     7  plan of outputs                     names, and what is there already, by the manifest
     7a cost                                tokens beforehand and afterwards, and their dollars
+    7b masks                               what they edit, by their pixels
     8  preflight                           a new check is a generator of sentences
     9  dry run                             the payloads as they are printed
    10  send                                a new error code of the API is a row of VERDICT_BY_CODE
@@ -68,7 +69,7 @@ from contextlib import (
 from datetime import date, datetime, timezone
 from enum import Enum
 from itertools import chain, count
-from math import ceil
+from math import ceil, log
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 __version__ = "0.2.0"
@@ -138,6 +139,7 @@ if TYPE_CHECKING:
         ExifTags,
         Image,
         ImageDraw,
+        ImageFilter,
         ImageFont,
         ImageOps,
         ImageSequence,
@@ -162,7 +164,8 @@ else:
     httpcore2, metadata = map(Lazy, ("httpcore2", "importlib.metadata"))
     shutil, socket, stat, threading = map(Lazy, ("shutil", "socket", "stat", "threading"))
     ExifTags, Image, ImageDraw = map(Lazy, ("PIL.ExifTags", "PIL.Image", "PIL.ImageDraw"))
-    ImageFont, ImageOps = map(Lazy, ("PIL.ImageFont", "PIL.ImageOps"))
+    ImageFilter, ImageFont = map(Lazy, ("PIL.ImageFilter", "PIL.ImageFont"))
+    ImageOps = Lazy("PIL.ImageOps")
     ImageSequence, PngImagePlugin = map(Lazy, ("PIL.ImageSequence", "PIL.PngImagePlugin"))
 
 # The records are named tuples: importing dataclasses alone would double the time of a dry run.
@@ -204,6 +207,9 @@ MAX_COPY_PIXELS = 64_000_000  # eight times the largest image the API makes
 COPY_QUALITY = 90  # of downscaled JPEG and WebP
 COPY_LEVEL = 4  # zlib's, of downscaled PNG: a photograph in half the time of level 6, as small
 MAX_SHEET_IMAGES = 5_000
+SEAM_PIXELS = 2  # between a kept input and what was edited
+MATCHING = 0.01  # so much may two aspects differ that fit each other
+ASPECT_WEIGHT = 20  # against area, where a size has to match an input
 # In the metadata of copies and contact sheets (Software): they may be made anew.
 DERIVED_MARK = b"image_gen.py (derived)"
 MANIFEST_NAME = ".image_gen-made.jsonl"  # in the folder of a batch: what made its images
@@ -220,6 +226,7 @@ EXPERIMENTAL_PIXELS = 2560 * 1440
 BACKGROUNDS = ("transparent", "opaque", "auto")
 MODERATIONS = ("auto", "low")
 FIDELITIES = ("low", "high")
+MASK_EDITS = ("transparent", "white", "black")  # what a mask marks as the part to be edited
 COMPLEXITIES = ("low", "medium", "high")
 SHUT_DOWN_NOTICE_DAYS = 90
 
@@ -372,6 +379,12 @@ def compose_prompt(prompt: str, fields: Mapping[str, str], *, augment: bool) -> 
         for key, label, _ in PROMPT_SECTIONS
         if key == "prompt" or values.get(key)
     )
+
+
+def edges_of(size: str) -> tuple[int, int] | None:
+    """Return width and height of a size; None for one that is not given in numbers."""
+    found = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", size)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def name_format(name: str | None) -> str | None:
@@ -534,6 +547,14 @@ def bad_answer(explanation: str) -> JobError:
 # A draft is what the API calls a partial image; a shard, the jobs that become one batch there.
 
 
+class Part(NamedTuple):
+    """An input file, and what it is sent as."""
+
+    role: str
+    path: str
+    mask_edits: str = "transparent"
+
+
 class ImageRequest(NamedTuple):
     """One request; the fields named in PAYLOAD_KEYS are sent under their own names."""
 
@@ -556,6 +577,8 @@ class ImageRequest(NamedTuple):
     input_fidelity: str | None = None
     image: Sequence[str] = ()
     mask: str | None = None
+    mask_edits: str = "transparent"
+    keep_unmasked: bool = False
     markup: str | None = None
 
     @property
@@ -576,12 +599,21 @@ class ImageRequest(NamedTuple):
         return {key: value for key, value in values.items() if value is not None}
 
     @property
+    def parts(self) -> tuple[Part, ...]:
+        """All that is sent of its input files, in their order."""
+        images = (Part("image", name) for name in self.image)
+        mask = (Part("mask", name, self.mask_edits) for name in [self.mask] if name)
+        markup = (Part("markup", name) for name in [self.markup] if name)
+        return (*images, *mask, *markup)
+
+    @property
     def files(self) -> tuple[str, ...]:
         """All input files."""
-        return (*self.image, *filter(None, (self.mask, self.markup)))
+        return tuple(part.path for part in self.parts)
 
 
-NOT_SENT = ("title", "fields", "augment", "image", "mask", "markup")
+EDITING = ("image", "mask", "mask_edits", "keep_unmasked", "markup")
+NOT_SENT = ("title", "fields", "augment", *EDITING)
 PAYLOAD_KEYS = ("prompt", *(key for key in ImageRequest._fields if key not in NOT_SENT))
 
 
@@ -629,12 +661,20 @@ class RunOptions(NamedTuple):
 DEFAULTS = ImageRequest._field_defaults | RunOptions._field_defaults
 
 
+class Derived(NamedTuple):
+    """A file that is made of an image on disk."""
+
+    path: str
+    kind: str  # "copy": downscaled; "kept": with the unmasked part of the input; "kept copy"
+    replace: bool = False  # whatever stands under the name
+
+
 class Output(NamedTuple):
-    """One image to be written, its downscaled copy, and what a stream shows before it is done."""
+    """One image to be written, what is made of it, and what a stream shows before it is done."""
 
     path: str
     planned: str = ""  # the path that was asked for; its image may lie elsewhere
-    copy: str | None = None
+    derived: tuple[Derived, ...] = ()
     drafts: tuple[str, ...] = ()
     origin: Origin | None = None  # it is there
     source: str = ""  # it is there under this path, and gets its own
@@ -643,7 +683,6 @@ class Output(NamedTuple):
     needed: bool = False  # the archived image belongs to another job
     replace: bool = False  # whatever stands under the name
     mend: bool = False  # an empty or cut-off file under the name, if it still is
-    replace_copy: bool = False  # whatever stands under the copy's name
     collected: bool = False  # it may have been written before, from the same answer
 
 
@@ -730,11 +769,17 @@ class Picture(NamedTuple):
     turned: bool = False  # a photograph stored on its side
     tail: int = 0  # bytes behind its end
     active: bool = False  # an SVG that runs or loads something
+    oddity: str = ""  # what the API takes badly: CMYK, more than 8 bits, an animation
 
     @property
     def size(self) -> str:
         """The size as the API writes it."""
         return f"{self.width}x{self.height}"
+
+    @property
+    def upright(self) -> Picture:
+        """The picture as it is seen."""
+        return self._replace(width=self.height, height=self.width) if self.turned else self
 
 
 class Saved(NamedTuple):
@@ -753,6 +798,7 @@ class Delivery(NamedTuple):
     """What has come of a job so far; each step fills in its part."""
 
     images: Mapping[str, Saved] = {}  # by the path that was planned
+    kept: tuple[Saved, ...] = ()
     copies: tuple[Saved, ...] = ()
     drafts: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -879,6 +925,13 @@ def as_paths(value: object) -> list[str]:
     return [as_path(item) for item in (value if isinstance(value, list) else [value])]
 
 
+def as_switch(value: object) -> bool:
+    """Accept true and false, as JSON has them."""
+    if not isinstance(value, bool):
+        raise argparse.ArgumentTypeError(f"has to be true or false, not {received(value)}")
+    return value
+
+
 def as_file_name(value: object) -> str:
     """Accept a file name; the directories in it are dropped."""
     name = os.path.basename(as_visible(value).rstrip("/"))
@@ -908,13 +961,29 @@ def flag(key: str) -> str:
     return "--" + key.replace("_", "-")
 
 
-def elsewhere(usage: str, instead: str) -> Option:
+def elsewhere(usage: str, instead: str, command: str = "generate-batch") -> Option:
     """Return a flag of the other subcommands, which is refused here with the way that is right."""
 
     def refuse(_value: object) -> NoReturn:
-        raise argparse.ArgumentTypeError(f"is no option of generate-batch: {instead}")
+        raise argparse.ArgumentTypeError(f"is no option of {command}: {instead}")
 
     return Option(usage, refuse, argparse.SUPPRESS)
+
+
+class EachItsFlag(argparse.Action):
+    """Collects what a flag that may be repeated is given, one value each time."""
+
+    def __call__(
+        self,
+        _parser: object,
+        into: argparse.Namespace,
+        values: Any,  # noqa: ANN401 - as its type says
+        _name: object = None,
+    ) -> None:
+        """Add a value, or refuse several at once."""
+        if len(values) > 1:
+            raise argparse.ArgumentError(self, f"repeat {self.option_strings[0]} for each file")
+        setattr(into, self.dest, [*getattr(into, self.dest, []), *values[0]])
 
 
 PROMPT = (
@@ -926,9 +995,19 @@ INPUTS = (
         "--image FILE",
         as_paths,
         f"an input image; up to {MAX_IMAGES}, the order is kept",
-        more={"action": "extend", "required": True},
+        more={"action": EachItsFlag, "nargs": "+", "required": True},
     ),
     Option("--mask FILE", as_path, "a PNG with alpha: where it is 0, the first image is edited"),
+    Option(
+        "--mask-edits PARTS",
+        as_text,
+        "what of the mask is edited: transparent, or the white or black parts of a grey picture",
+    ),
+    Option(
+        "--keep-unmasked",
+        None,
+        "also write NAME-kept.png: the first image itself, but for what the mask edits",
+    ),
     Option(
         "--markup FILE",
         as_path,
@@ -947,7 +1026,7 @@ IMAGE = (
         "--size WxH",
         as_text,
         f"auto, or edges that are multiples of {EDGE_STEP} up to {MAX_EDGE}; gpt-image-1* has "
-        + listing(OLD_SIZES[:-1]),
+        f"{listing(OLD_SIZES[:-1])}; match: nearest to the first input image",
     ),
     Option("--quality QUALITY", as_text, "low, medium, high, auto; xhigh and max from 2.5 on"),
     Option(
@@ -1047,6 +1126,10 @@ BATCH = (
     elsewhere("--prompt", "write each prompt as a line of --input"),
     elsewhere("--prompt-file", "give that file as --input, a prompt a line"),
     elsewhere("--out", 'give --out-dir, and "out" in a job for its name'),
+    *(elsewhere(flag(key), f'write "{key}" into the jobs') for key in ("image", "mask", "markup")),
+)
+FOR_EDITS = tuple(
+    elsewhere(f"{flag(key)} FILE", "use edit", "generate") for key in ("image", "mask", "markup")
 )
 BATCH_API = (
     Option(
@@ -1101,7 +1184,7 @@ COMMANDS = {
     "generate": Command(
         "make an image from a prompt",
         '{} generate --prompt "A red kite over dunes" --size 1536x1024 --out kite.png',
-        {"prompt": PROMPT, **SINGLE},
+        {"prompt": (*PROMPT, *FOR_EDITS), **SINGLE},
     ),
     "edit": Command(
         "change or combine images",
@@ -1118,6 +1201,7 @@ COMMANDS = {
 JOB_KEYS: Mapping[str, Callable[[object], Any]] = {
     **{key: option.convert for key, option in JOB_OPTIONS.items() if option.convert},
     **dict.fromkeys(("prompt", *PROMPT_FIELDS), as_words),
+    "keep_unmasked": as_switch,
     "out": as_file_name,
 }
 # --help quotes the docstring of this file.
@@ -1414,6 +1498,8 @@ little_endian = functools.partial(int.from_bytes, byteorder="little")  # WebP an
 
 MAX_CHUNKS = 1_000_000  # of a PNG; one of 64 MB, written in pieces of 64 bytes, has as many
 MAX_SVG_HEAD = 64 * 1024
+MAX_EXIF_BYTES = 64 * 1024
+DEEP = "of more than 8 bits a channel"
 JPEG_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
 SVG_BEGINS = (b"<svg", b"<?xml", b"<!--", b"<!DOCTYPE")
 # What a browser would run or load: elements, event handlers, references that leave the file.
@@ -1423,53 +1509,57 @@ SVG_ACTIVE = re.compile(
 )
 
 
-def png_layout(file: BinaryIO) -> tuple[int, bool]:
-    """Walk the chunks to IEND; return its end (0: none), and whether tRNS is among them.
+def png_layout(file: BinaryIO) -> tuple[int, set[bytes], bool]:
+    """Walk the chunks to IEND; return its end (0: none), their kinds, and whether it is turned.
 
-    PNG specification, 5.3 and 11.3.2.
+    PNG specification, 5.3 and 11.3.
     """
-    at, transparent = 8, False
+    at, kinds, turned = 8, set(), False
     for _ in range(MAX_CHUNKS):
         file.seek(at)
         chunk = file.read(8)
         if len(chunk) < 8:
             break
+        kind = chunk[4:]
+        kinds.add(kind)
+        turned = turned or (kind == b"eXIf" and exif_turns(file.read(MAX_EXIF_BYTES)))
         at += 12 + big_endian(chunk[:4])
-        transparent = transparent or chunk[4:] == b"tRNS"
-        if chunk[4:] == b"IEND":
-            return at, transparent
-    return 0, transparent
+        if kind == b"IEND":
+            return at, kinds, turned
+    return 0, kinds, turned
 
 
-def jpeg_layout(content: bytes) -> tuple[int, int, bool, int]:
-    """Walk the segments to EOI; return width, height, whether it lies on its side, and the end.
+def jpeg_layout(content: bytes) -> tuple[int, int, bool, int, str]:
+    """Walk the segments to EOI; return width, height, whether it is turned, the end, and oddities.
 
     ITU T.81, B.1.1: FF00 is data, D0 to D7 stand inside of a scan, FF may be repeated.
     """
-    width, height, turned, at = 0, 0, False, 2
+    width, height, turned, at, oddity = 0, 0, False, 2, ""
     while found := JPEG_MARKER.search(content, at):
         marker, at = found[1][0], found.end()
         if marker == 0xD9:
-            return width, height, turned, at
+            return width, height, turned, at, oddity
         length = big_endian(content[at : at + 2])
         if length < 2:
             break
         # SOF0 to SOF15, without DHT, JPG and DAC
         if marker in range(0xC0, 0xD0) and marker not in (0xC4, 0xC8, 0xCC):
             height, width = (big_endian(content[at + k : at + k + 2]) for k in (3, 5))
-        elif marker == 0xE1:
-            turned = turned or exif_turns(content[at + 2 : at + length])
+            bits, channels = content[at + 2 : at + 3], content[at + 7 : at + 8]
+            oddity = "CMYK" if channels == b"\4" else DEEP if bits > b"\x08" else ""
+        elif marker == 0xE1 and content.startswith(b"Exif\0\0", at + 2):
+            turned = turned or exif_turns(content[at + 8 : at + length])
         at += length
-    return width, height, turned, 0
+    return width, height, turned, 0, oddity
 
 
-def exif_turns(segment: bytes) -> bool:
-    """Tell whether an APP1 segment's Orientation (tag 0x0112) is 5 to 8, a quarter turn."""
-    order: Literal["little", "big"] = "little" if segment[6:8] == b"II" else "big"
+def exif_turns(tiff: bytes) -> bool:
+    """Tell whether the Orientation (tag 0x0112) of EXIF is 5 to 8, a quarter turn."""
+    tiff = tiff.removeprefix(b"Exif\0\0")
+    order: Literal["little", "big"] = "little" if tiff[:2] == b"II" else "big"
     tag, kind = (number.to_bytes(2, order) for number in (0x0112, 3))
-    found = re.search(re.escape(tag + kind) + rb".{4}(..)", segment, re.DOTALL)
-    is_exif = segment.startswith(b"Exif\0\0")
-    return is_exif and found is not None and int.from_bytes(found[1], order) in range(5, 9)
+    found = re.search(re.escape(tag + kind) + rb".{4}(..)", tiff, re.DOTALL)
+    return found is not None and int.from_bytes(found[1], order) in range(5, 9)
 
 
 def webp_size(head: bytes) -> tuple[int, int, bool]:
@@ -1537,17 +1627,21 @@ def probe(file: BinaryIO) -> Picture | None:
     head = file.read(30).ljust(30, b"\0")
     if size > MAX_ANSWER_BYTES:  # it would take long, and is nothing that was made or is taken
         return None
-    width, height, turned, end = 0, 0, False, 0
+    width, height, turned, end, oddity = 0, 0, False, 0, ""
     if head.startswith(b"\x89PNG\r\n\x1a\n") and head[12:16] == b"IHDR":
         kind, width, height = "png", big_endian(head[16:20]), big_endian(head[20:24])
-        end, alpha = png_layout(file)
-        alpha = alpha or head[25] in (4, 6)
+        end, chunks, turned = png_layout(file)
+        alpha = b"tRNS" in chunks or head[25] in (4, 6)
+        oddity = "animated" if b"acTL" in chunks else DEEP if head[24] > 8 else ""
     elif head.startswith(b"\xff\xd8\xff"):
         kind, alpha = "jpeg", False
-        width, height, turned, end = jpeg_layout(whole_of(file))
+        width, height, turned, end, oddity = jpeg_layout(whole_of(file))
     elif head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         kind, end = "webp", little_endian(head[4:8]) + 8
         width, height, alpha = webp_size(head)
+        extended = head[20] if head[12:16] == b"VP8X" else 0
+        oddity = "animated" if extended & 2 else ""
+        turned = bool(extended & 8) and exif_turns(whole_of(file).rpartition(b"EXIF")[2][4:])
     elif head.startswith((b"GIF87a", b"GIF89a")):
         kind, width, height = "gif", little_endian(head[6:8]), little_endian(head[8:10])
         alpha, end = gif_layout(whole_of(file))
@@ -1557,7 +1651,7 @@ def probe(file: BinaryIO) -> Picture | None:
         return None
     whole = 0 < end <= size and width > 0
     tail = size - end if whole else 0
-    return Picture(kind, width, height, alpha=alpha, whole=whole, turned=turned, tail=tail)
+    return Picture(kind, width, height, alpha, whole, turned=turned, tail=tail, oddity=oddity)
 
 
 def probe_file(name: str) -> Picture | None:
@@ -1613,17 +1707,72 @@ def plan_names(job: Job) -> Iterator[str]:
         yield os.path.join(job.folder, number + extension)
 
 
-def output_at(path: str, planned: str, job: Job, options: RunOptions) -> Output:
-    """Return the output of a job whose image lies, or will lie, at a path."""
+def derived_of(path: str, request: ImageRequest, options: RunOptions) -> Iterator[Derived]:
+    """Yield what is made of an image at a path, each behind what it is made of."""
     suffix = options.downscale_suffix
     dashed = suffix if suffix.startswith(("-", "_")) else f"-{suffix}"
+    kept = beside(os.path.splitext(path)[0] + ".png", "-kept")
+    if options.downscale_max_dim is not None:
+        yield Derived(beside(path, dashed), "copy")
+    if request.keep_unmasked:
+        yield Derived(kept, "kept")
+    if request.keep_unmasked and options.downscale_max_dim is not None:
+        yield Derived(beside(kept, dashed), "kept copy")
+
+
+def output_at(path: str, planned: str, job: Job, options: RunOptions) -> Output:
+    """Return the output of a job whose image lies, or will lie, at a path."""
     drafts = min(job.request.partial_images or 0, RANGES["partial_images"][1])
     return Output(
         path,
         planned,
-        copy=None if options.downscale_max_dim is None else beside(path, dashed),
+        derived=tuple(derived_of(path, job.request, options)),
         drafts=tuple(beside(path, f".partial-{n}") for n in range(1, drafts + 1)),
     )
+
+
+def fit(width: int, height: int, picture: Picture) -> bool:
+    """Tell whether a size has the aspect of a picture, as near as makes no difference."""
+    return abs(width * picture.height / (height * picture.width) - 1) <= MATCHING + 1e-9
+
+
+def nearest_size(picture: Picture, sizes: Sequence[str]) -> str:
+    """Return the size that is nearest to a picture's aspect and area: one of some, or a free one.
+
+    A deviation in aspect weighs more than one in area, since it cannot be mended afterwards.
+    """
+    known: list[tuple[int, int]] = [*filter(None, map(edges_of, sizes))]
+    aspect = min(MAX_ASPECT, max(1 / MAX_ASPECT, picture.width / picture.height))
+    for width in () if sizes else range(EDGE_STEP, MAX_EDGE + 1, EDGE_STEP):
+        step = int(width / aspect / EDGE_STEP)
+        known += [(width, (step + more) * EDGE_STEP) for more in (-1, 0, 1, 2)]
+
+    def distance(size: tuple[int, int]) -> tuple[bool, float]:
+        width, height = size
+        deviation = abs(log(width / height / aspect))
+        growth = abs(log(width * height / picture.width / picture.height))
+        return not fit(width, height, picture), ASPECT_WEIGHT * deviation + growth
+
+    legal = [
+        edges
+        for edges in known
+        if 0 < max(edges) <= min(MAX_EDGE, MAX_ASPECT * min(edges))
+        and MIN_PIXELS <= edges[0] * edges[1] <= MAX_PIXELS
+    ]
+    return "{}x{}".format(*min(legal, key=distance))
+
+
+def match_size(job: Job) -> Job:
+    """Give a job that asks for the size of its first input image the nearest that can be made."""
+    request = job.request
+    if request.size != "match" or not request.image:
+        return job
+    picture = probe_file(request.image[0])
+    if picture is None or not picture.width * picture.height:  # preflight says so
+        return job
+    family = model_family(request.model) or MODEL_FAMILIES[0]
+    size = nearest_size(picture.upright, family.sizes)
+    return job._replace(request=request._replace(size=size))
 
 
 def plan_outputs(job: Job, options: RunOptions) -> Job:
@@ -1669,6 +1818,11 @@ def may_derive(name: str, existing: Existing, original: str | None = None) -> bo
     return existing == "replace" or (existing == "keep" and is_derived(name, original))
 
 
+def kept_path(output: Output) -> str | None:
+    """Return where the kept picture of an image lies, or will lie."""
+    return next((each.path for each in output.derived if each.kind == "kept"), None)
+
+
 def find_by_name(output: Output, kind: str) -> Output:
     """Say of an image that no manifest knows whether it is there, by its name and its bytes."""
     seen = probe_file(output.path)
@@ -1686,9 +1840,13 @@ def find_missing(job: Job, options: RunOptions, claims: Claims | None) -> Job:
             output = claims.find(job, planned, options)
         elif options.existing == "keep":
             output = find_by_name(planned, job.request.output_format)
-        replace_copy = may_derive(output.copy or "", options.existing, output.path)
+        originals = {"copy": output.path, "kept copy": kept_path(output)}
+        derived = tuple(
+            each._replace(replace=may_derive(each.path, options.existing, originals.get(each.kind)))
+            for each in output.derived
+        )
         replace = options.existing == "replace"
-        outputs.append(output._replace(replace=replace, replace_copy=replace_copy))
+        outputs.append(output._replace(replace=replace, derived=derived))
     stale = [output for output in outputs if output.stale]
     missing = [output for output in outputs if not output.origin and not stale]
     return job._replace(outputs=tuple(outputs), missing=tuple(missing), stale=stale_sentence(stale))
@@ -1710,6 +1868,18 @@ TEMPORARY_NAME = r"(\.image_gen-[0-9a-f]+\.tmp)?"
 UNDIGESTED = ("n", "stream", "partial_images", "safety_identifier")  # they change no image
 
 
+def state_of(name: str) -> tuple[Any, ...]:
+    """Return a file's name and state, which says whether it is still the same.
+
+    Raises OSError, also for what is no file.
+    """
+    found = os.stat(name)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(f"{name} is no file")
+    state = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return os.path.abspath(name), *state
+
+
 @functools.cache
 def digest_of_state(name: str, *_state: int) -> str:
     """Return the SHA-256 of a file, whose state says when it has to be read again."""
@@ -1719,11 +1889,7 @@ def digest_of_state(name: str, *_state: int) -> str:
 
 def file_digest(name: str) -> str:
     """Return the SHA-256 of a file. Raises OSError, also for what is none."""
-    found = os.stat(name)
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(f"{name} is no file")
-    state = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-    return digest_of_state(os.path.abspath(name), *state)
+    return digest_of_state(*state_of(name))
 
 
 def with_digest(job: Job, known: Mapping[str, str]) -> Job:
@@ -1736,14 +1902,10 @@ def with_digest(job: Job, known: Mapping[str, str]) -> Job:
     asked["endpoint"] = request.endpoint
     asked["prompt"] = hashlib.sha256(request.prompt.encode()).hexdigest()
     try:
-        for role, names in (
-            ("image", request.image),
-            ("mask", request.mask and [request.mask]),
-            ("markup", request.markup and [request.markup]),
-        ):
-            if names:
-                sent = (known[name] if name in known else file_digest(name) for name in names)
-                asked[role] = list(sent)
+        for role, name, mask_edits in request.parts:
+            asked.setdefault(role, []).append(known.get(name) or file_digest(name))
+            if mask_edits != MASK_EDITS[0]:
+                asked["mask_edits"] = mask_edits
     except (OSError, ValueError):  # preflight says so
         return job._replace(asked={}, digest="")
     content = json.dumps(asked, sort_keys=True).encode()
@@ -1777,12 +1939,12 @@ def read_entry(line: bytes) -> Entry | None:
 
 def add_to(memory: Memory, entry: Entry) -> Memory:
     """Let a folder remember one thing more; the last word on a name counts."""
+    cost = entry.cost_usd or 0.0
     if entry.void:
-        memory.entries.pop(entry.name, None)
+        cost = -cost if memory.entries.pop(entry.name, None) else 0.0
     elif entry.name:
         memory.entries[entry.name] = entry._replace(usage=None, cost_usd=None)
-    cost = entry.cost_usd or 0.0
-    return memory._replace(spent=memory.spent + (-cost if entry.void else cost))
+    return memory._replace(spent=memory.spent + cost)
 
 
 def read_manifest(folder: str) -> Memory:
@@ -1986,15 +2148,15 @@ def output_tokens(width: int, height: int, cells: int) -> int:
 def tokens_between(request: ImageRequest) -> tuple[int, int] | None:
     """Return the fewest and the most output tokens of a request; None where no formula is known."""
     family = model_family(request.model)
-    size = re.fullmatch("([0-9]{1,6})x([0-9]{1,6})", request.size)
+    size = edges_of(request.size)
     if family is None or request.output_format not in PICTURE_FORMATS:
         return None
-    sizes = [(int(size[1]), int(size[2]))] if size else EXTREME_SIZES
+    sizes = [size] if size else EXTREME_SIZES
     counts = [
         output_tokens(*edges, cells)
         for quality, cells in zip(family.qualities, family.cells, strict=False)
         for edges in sizes
-        if request.quality in (quality, "auto") and min(edges)
+        if request.quality in (quality, "auto")
     ]
     if not counts:
         return None
@@ -2019,19 +2181,15 @@ def cost_of(
     if not usage or family is None or not family.priced or "svg_usage" in usage:
         return None  # the model that writes an SVG has prices of its own
     told = mapping(usage.get("input_tokens_details"))
-    if not told and not request.files:
-        told = {"text_tokens": usage.get("input_tokens"), "image_tokens": 0}
-    counts = {
-        "text in": told.get("text_tokens"),
-        "image in": told.get("image_tokens"),
-        "image out": usage.get("output_tokens") or None,  # zero is what gateways say for unknown
-    }
-    parts = [
-        PRICES[kind] * count for kind in PRICES if (count := whole_number(counts[kind])) is not None
-    ]
-    if len(parts) < len(PRICES):
+    text = told.get("text_tokens", None if request.files else usage.get("input_tokens"))
+    images, output = told.get("image_tokens"), usage.get("output_tokens")
+    # Gateways that do not count say zero where something must have been.
+    counts = (text, images or (None if request.files else 0), output or None)
+    known = [number for number in map(whole_number, counts) if number is not None]
+    if len(known) < len(counts):
         return None
-    return round(sum(parts) / 1_000_000 * options.price_share, 9)
+    whole = sum(number * price for number, price in zip(known, PRICES.values(), strict=True))
+    return round(whole / 1_000_000 * options.price_share, 9)
 
 
 def exceeds(amount: float, cap: float | None) -> bool:
@@ -2068,6 +2226,101 @@ def estimate(jobs: Iterable[Job], options: RunOptions) -> str:
     return "; ".join(said)
 
 
+# ── 7b · Masks ────────────────────────────────────────────────────────────────────────────────────
+
+
+class MaskLook(NamedTuple):
+    """What a mask does, by its pixels."""
+
+    share: float  # of the picture that is edited: alpha below half
+    least: int  # alpha, 0 to 255
+    most: int
+    dark: float  # share of black pixels
+    bright: float  # share of white ones
+
+
+def has_pillow() -> bool:
+    """Tell whether pictures can be read; a dry run does without."""
+    return importlib_util.find_spec("PIL") is not None
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Return an image of 8 bits a channel; Pillow would cut off what 16 bits of grey have more."""
+    if not image.mode.startswith("I"):
+        return image
+    return image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+
+
+def mask_alpha(path: str, mask_edits: str) -> Image.Image:
+    """Return the alpha of a mask, mode L: 0 where it edits. Raises what Pillow raises.
+
+    What is transparent in a mask whose white or black parts edit is neither.
+    """
+    with Image.open(path) as mask:
+        if mask_edits == MASK_EDITS[0]:
+            return mask.convert("RGBA").getchannel("A")
+        grey = eight_bits(mask)
+        if mask.has_transparency_data:
+            ground = Image.new("RGBA", mask.size, "black" if mask_edits == "white" else "white")
+            grey = Image.alpha_composite(ground, mask.convert("RGBA"))
+        grey = grey.convert("L")
+    return ImageOps.invert(grey) if mask_edits == "white" else grey
+
+
+@functools.cache
+def look_of_state(mask_edits: str, name: str, *_state: int) -> MaskLook | str:
+    """Measure a mask, whose state says when that has to be done again; or say why not."""
+    try:
+        alpha, grey = (mask_alpha(name, edits) for edits in (mask_edits, "black"))
+    except Exception as error:  # noqa: BLE001 - Pillow meets damage with many kinds
+        return one_line(error)
+    counts, greys, pixels = alpha.histogram(), grey.histogram(), alpha.width * alpha.height
+    least, most = alpha.getextrema()
+    return MaskLook(
+        sum(counts[:128]) / pixels,
+        cast("int", least),
+        cast("int", most),
+        sum(greys[:64]) / pixels,
+        sum(greys[192:]) / pixels,
+    )
+
+
+def look_at_mask(request: ImageRequest) -> MaskLook | str:
+    """Measure the mask of a request, or say why that is not done."""
+    if not has_pillow():
+        return "the package pillow is missing"
+    try:
+        return look_of_state(request.mask_edits, *state_of(request.mask or ""))
+    except OSError as error:
+        return one_line(error)
+
+
+@functools.lru_cache(maxsize=4)  # the jobs of a batch often have one
+def mask_of_state(mask_edits: str, name: str, *_state: int) -> bytes:
+    """Return a mask as the API wants it: a PNG whose alpha is 0 where it edits."""
+    alpha, buffer = mask_alpha(name, mask_edits), io.BytesIO()
+    mask = Image.new("RGBA", alpha.size)
+    mask.putalpha(alpha)
+    mask.save(buffer, "PNG", compress_level=COPY_LEVEL)
+    return buffer.getvalue()
+
+
+def percent(share: float) -> str:
+    """Return a share as people read it; a small one is not nothing."""
+    return f"{share:.0%}" if share in (0, 1) or 0.01 <= share < 0.995 else f"{share:.2%}"
+
+
+def shares_of(jobs: Iterable[Job]) -> str:
+    """Say how much of their images the masks of jobs will edit; empty if no mask is measured."""
+    looks = [look_at_mask(job.request) for job in jobs if job.request.mask]
+    shares = sorted(look.share for look in looks if isinstance(look, MaskLook))
+    if not shares:
+        return ""
+    span = " to ".join(dict.fromkeys(percent(share) for share in (shares[0], shares[-1])))
+    of = "the image" if len(shares) == 1 else f"the first image, in {counted(len(shares), 'job')}"
+    return f"masks: {span} of {of} will be edited"
+
+
 # ── 8 · Preflight ─────────────────────────────────────────────────────────────────────────────────
 # Generators of sentences: a problem, reported with all the others before any request, or a Notice.
 
@@ -2089,11 +2342,11 @@ def check_size(request: ImageRequest, family: ModelFamily) -> Iterator[str]:
         return
     if size == "auto":
         return
-    match = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", size)
-    if not match:
-        yield f"size {received(size)} has to be auto or WIDTHxHEIGHT, e.g. 1536x1024"
+    edges = edges_of(size)
+    if edges is None:
+        yield f"size {received(size)} has to be auto, match or WIDTHxHEIGHT, e.g. 1536x1024"
         return
-    width, height = int(match[1]), int(match[2])
+    width, height = edges
     if width % EDGE_STEP or height % EDGE_STEP:
         near = "x".join(
             str(max(1, round(edge / EDGE_STEP)) * EDGE_STEP) for edge in (width, height)
@@ -2199,7 +2452,8 @@ def check_model(request: ImageRequest) -> Iterator[str]:
         ends = "was shut down on" if days < 0 else "shuts down on"
         yield Notice(f"model {model} {ends} {family.shut_down}; use {SUCCESSORS}")
     yield from check_abilities(request, family)
-    yield from check_size(request, family)
+    if request.size != "match":  # which the first image would have decided
+        yield from check_size(request, family)
     yield from check_fidelity(request, family)
 
 
@@ -2219,6 +2473,7 @@ def check_request(job: Job, options: RunOptions) -> Iterator[str]:
         ("moderation", MODERATIONS),
         ("complexity", COMPLEXITIES),
         ("input_fidelity", FIDELITIES),
+        ("mask_edits", MASK_EDITS),
     ):
         value = getattr(request, key)
         if value is not None and value not in accepted:
@@ -2258,9 +2513,12 @@ def inspect_input(name: str) -> InputFile:
         with open(name, "rb") as file:
             picture = probe(file)
     except OSError as error:
-        return InputFile(name, f"cannot be read: {error.strerror or error}")
+        several = "; repeat --image for each file" if "," in name else ""
+        return InputFile(name, f"cannot be read: {error.strerror or error}{several}")
     if size >= MAX_IMAGE_BYTES:
         problem = f"has {size:,} bytes; it has to be smaller than {MAX_IMAGE_BYTES:,}"
+    elif picture is not None and picture.format == "svg":
+        problem = "is an SVG; render it to PNG first"
     elif picture is None or not FORMATS[picture.format].is_picture:
         problem = "is no PNG, JPEG or WebP file by its first bytes"
     elif not picture.width * picture.height:
@@ -2280,40 +2538,97 @@ def check_inputs(request: ImageRequest, inspect: Callable[[str], InputFile]) -> 
             yield f"image {name} {file.problem}"
         elif file.picture and not file.picture.whole:
             yield Notice(f"image {name} does not end as a {file.picture.format} does")
-    for key, overlay in (("mask", request.mask), ("markup", request.markup)):
-        if overlay is not None and request.image:
-            yield from check_overlay(key, inspect(overlay), inspect(request.image[0]))
-        elif overlay is not None:
-            yield f"{key} is for edits: give an image with it"
+        elif file.picture and file.picture.oddity:
+            way = "give one frame" if file.picture.oddity == "animated" else "convert it to RGB"
+            yield Notice(f"image {name} is {file.picture.oddity}; the API may refuse it: {way}")
+    for role, name, _ in request.parts[len(request.image) :]:
+        if request.image:
+            yield from check_overlay(role, inspect(name), inspect(request.image[0]), request)
+        else:
+            yield f"{role} is for edits: give an image with it"
+    yield from check_aspect(request, inspect)
     if request.markup is not None and request.mask is not None:
         yield "mask and markup cannot be combined; give one of them"
 
 
-def check_overlay(key: str, overlay: InputFile, first: InputFile) -> Iterator[str]:
+def check_overlay(
+    key: str, overlay: InputFile, first: InputFile, request: ImageRequest
+) -> Iterator[str]:
     """Check a mask or a markup, which lie over the first image."""
     called = f"{key} {overlay.name}"
     if overlay.picture is None:
         yield f"{called} {overlay.problem}"
         return
-    if not overlay.picture.alpha:
+    if key == "markup" and not overlay.picture.alpha:
         yield f"{called} has no alpha channel; it has to be a transparent PNG"
     if first.picture:
-        stored = first.picture
-        upright = stored._replace(width=stored.height, height=stored.width)
+        stored, upright = first.picture, first.picture.upright
         # A photograph may be stored on its side. The API wants a markup that is drawn upright, and
         # does not say which way it wants a mask.
-        wanted = upright if stored.turned and key == "markup" else stored
+        wanted = upright if key == "markup" else stored
         size = overlay.picture.size
-        doubtful = stored.turned and key == "mask" and size == upright.size
+        doubtful = key == "mask" and size == upright.size
         if size != wanted.size:
             finding = Notice if doubtful else str
             yield finding(f"{called} is {size}, the first image {wanted.size}; both need one size")
+    if key == "mask":
+        yield from check_mask(called, overlay.picture, request)
+    if key == "mask" and request.mask_edits != MASK_EDITS[0]:
+        return  # what is sent is made of it
     if overlay.picture.format != "png":
         yield Notice(f"{called} is no PNG; the API documents PNG only")
     if key == "mask" and overlay.bytes > MAX_MASK_BYTES:
         yield Notice(
             f"{called} has {overlay.bytes:,} bytes; the SDK documents less than {MAX_MASK_BYTES:,}"
         )
+
+
+def check_mask(called: str, picture: Picture, request: ImageRequest) -> Iterator[str]:
+    """Check that a mask edits something, and not all of the image."""
+    look, part = look_at_mask(request), request.mask_edits
+    by_alpha = part == MASK_EDITS[0]
+    hint = f"if its white or black parts are meant, add {flag('mask_edits')} white or black"
+    if isinstance(look, MaskLook) and look.dark + look.bright > 0.9:
+        fits = "white" if look.bright <= look.dark else "black"
+        hint = f"it is black and white: {flag('mask_edits')} {fits} edits "
+        hint += f"{percent(min(look.bright, look.dark))} of the image"
+    if by_alpha and not picture.alpha:
+        yield f"{called} has no alpha channel, and what is transparent in it is edited; {hint}"
+    elif isinstance(look, str):
+        yield Notice(f"{called} is not measured: {look}")
+    elif look.least == 255:
+        what = f"opaque everywhere; {hint}" if by_alpha else f"nowhere {part}"
+        yield f"{called}: nothing would be edited, it is {what}"
+    elif look.least > 127:
+        yield Notice(f"{called} is nowhere more than half {part}: little may be edited")
+    elif look.most == 0:
+        yield Notice(f"{called} is {part} everywhere: all of the image will be edited")
+
+
+def check_aspect(request: ImageRequest, inspect: Callable[[str], InputFile]) -> Iterator[str]:
+    """Check that an edit can come back in the aspect of its first image, and be laid over it."""
+    stored = inspect(request.image[0]).picture if request.image else None
+    if request.keep_unmasked and not (request.image and request.mask):
+        yield "keep_unmasked needs an image and a mask: what the mask protects is kept"
+    if request.size == "match" and not request.image:
+        yield "size match is for edits: it is nearest to the first input image"
+    if stored is None:
+        return
+    picture, name = stored.upright, request.image[0]
+    family = model_family(request.model) or MODEL_FAMILIES[0]
+    match = f"{flag('size')} match asks for {nearest_size(picture, family.sizes)}"
+    usual = filter(None, map(edges_of, OLD_SIZES))
+    if request.size == "auto" and not any(fit(*each, picture) for each in usual):
+        yield Notice(f"size auto may have another aspect than {name} ({picture.size}); {match}")
+    if not request.keep_unmasked:
+        return
+    if (edges := edges_of(request.size)) and not fit(*edges, picture):
+        other = f"has another aspect than {name} ({picture.size})"
+        yield f"keep_unmasked: size {request.size} {other}; {match}"
+    if picture.oddity in ("CMYK", DEEP):
+        yield f"keep_unmasked: {name} is {picture.oddity}; convert it to RGB of 8 bits first"
+    if picture.width * picture.height > MAX_COPY_PIXELS:
+        yield f"keep_unmasked: {name} has more than {MAX_COPY_PIXELS:,} pixels; give a smaller one"
 
 
 def check_run(options: RunOptions) -> Iterator[str]:
@@ -2407,7 +2722,16 @@ class Target(NamedTuple):
 STRANGERS = {
     "image": "is no whole {}; move it away, choose another name, or --force to replace it",
     "copy": "is no copy of this program's; give another --downscale-suffix, or move it away",
+    "kept": "is no kept picture of this program's; move it away, or choose another name",
+    "kept copy": "is no copy of this program's; give another --downscale-suffix, or move it away",
     "sheet": "is no contact sheet of this program's; give another --contact-sheet, or move it away",
+}
+
+
+DERIVED = {
+    "copy": "downscaled copy",
+    "kept": "kept picture",
+    "kept copy": "downscaled copy of the kept picture",
 }
 
 
@@ -2424,9 +2748,9 @@ def targets(plan: Plan) -> Iterator[Target]:
             if output.archive:
                 former = f"{job.where}the former image"
                 yield Target(job.line, output.archive, replace=True, what=former)
-            if output.copy:
-                copy = f"{job.where}the downscaled copy"
-                yield Target(job.line, output.copy, output.replace_copy, copy, "copy")
+            for each in output.derived:
+                what = f"{job.where}the {DERIVED[each.kind]}"
+                yield Target(job.line, each.path, each.replace, what, each.kind)
             for name in output.drafts:
                 yield Target(job.line, name, replace=True, what=f"{job.where}a partial image")
     if plan.sheet:
@@ -2623,6 +2947,10 @@ def preflight(plan: Plan, options: RunOptions) -> list[str]:
     found += [*check_outputs(plan), *check_cost(plan, options)]
     if not options.dry_run:
         pillow = options.downscale_max_dim is not None or plan.sheet is not None
+        pillow |= any(
+            job.request.keep_unmasked or job.request.mask_edits != MASK_EDITS[0]
+            for job in plan.jobs
+        )
         found += [(0, finding) for finding in check_environment(pillow=pillow)]
     found.sort(key=lambda entry: entry[0])
     problems = [(line, finding) for line, finding in found if not isinstance(finding, Notice)]
@@ -2637,12 +2965,15 @@ def preflight(plan: Plan, options: RunOptions) -> list[str]:
 def document(job: Job) -> dict[str, Any]:
     """Return what would be sent for a job, and the files that it would make."""
     request = job.wanted
+    derived = [each for output in job.missing for each in output.derived]
     shown: dict[str, Any] = {
         **request.payload,
         "endpoint": request.endpoint,
         "outputs": [output.path for output in job.missing],
-        "outputs_downscaled": [output.copy for output in job.missing if output.copy] or None,
+        "outputs_downscaled": [each.path for each in derived if "copy" in each.kind] or None,
     }
+    if request.keep_unmasked:
+        shown["outputs_kept"] = [each.path for each in derived if each.kind == "kept"]
     if request.image:
         shown["image"] = request.image
     for key in ("mask", "markup"):
@@ -3126,11 +3457,18 @@ class EventReader:
                 yield event
 
 
-def file_part(stack: ExitStack, path: str, name: str) -> tuple[str, BinaryIO, str]:
+def file_part(stack: ExitStack, part: Part, name: str) -> tuple[str, BinaryIO, str]:
     """Open a file to be sent; its name and content type are those of its bytes, not its suffix.
 
     Raises an OSError for what it is not any more: a pipe would hold up all that is in flight.
     """
+    path = part.path
+    if part.mask_edits != MASK_EDITS[0]:
+        try:
+            content = mask_of_state(part.mask_edits, *state_of(path))
+        except (ValueError, SyntaxError) as error:  # as Pillow meets damage
+            raise OSError(f"{path} is no image any more: {error}") from None
+        return f"{name}.png", io.BytesIO(content), FORMATS["png"].content_type
     flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, os.O_RDONLY | flags)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -3150,15 +3488,14 @@ def sdk_arguments(request: ImageRequest, stack: ExitStack) -> dict[str, Any]:
     if not request.image:
         return arguments
     extra = {key: arguments.pop(key) for key in EXTRA_BODY_KEYS if key in arguments}
-    images = [
-        file_part(stack, path, f"image_{number}")
-        for number, path in enumerate(request.image, start=1)
-    ]
+    images = []
+    for number, part in enumerate(request.parts, start=1):
+        if part.role == "image":
+            images.append(file_part(stack, part, f"image_{number}"))
+        else:
+            arguments[part.role] = file_part(stack, part, part.role)
     # One image goes out as "image", several as "image[]".
     arguments["image"] = images[0] if len(images) == 1 else images
-    for key in ("mask", "markup"):
-        if path := getattr(request, key):
-            arguments[key] = file_part(stack, path, key)
     arguments["extra_body"] = extra or None
     return arguments
 
@@ -3631,8 +3968,7 @@ def scaled_size(width: int, height: int, max_dim: int) -> tuple[int, int]:
 
 def scaled(image: Image.Image, max_dim: int) -> Image.Image:
     """Return an image whose longer edge is max_dim, in a mode that resizing and saving keep."""
-    if image.mode.startswith("I"):  # 16 bits of grey
-        image = image.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+    image = eight_bits(image)
     if image.mode not in ("L", "LA", "RGB", "RGBA"):
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     # Pillow resizes premultiplied, so that colour under alpha 0 does not bleed into the edge.
@@ -3695,6 +4031,48 @@ def downscale(content: bytes, original: Saved, max_dim: int) -> bytes:
     elif original.format == "png":
         options["compress_level"] = COPY_LEVEL
     return encoded_picture(copy, original.format, **options)
+
+
+# The kept picture: the input where the mask protects it, the answer where it edits, and between
+# them, inside of the edited part, a seam in which the answer gains with each pixel:
+#
+#   distance from the protected part     0     1     2     3 and more
+#   share of the answer                  0    1/3   2/3    1
+
+
+def seam(alpha: Image.Image) -> Image.Image:
+    """Return how much of the answer a kept picture has, by the alpha of its mask; both mode L."""
+    edited = alpha.point(lambda value: 255 * (value < 128))
+    weight = Image.new("L", alpha.size)
+    for step in range(1, SEAM_PIXELS + 2):
+        weight.paste(round(255 * step / (SEAM_PIXELS + 1)), mask=edited)
+        edited = edited.filter(ImageFilter.MinFilter(3))
+    return weight
+
+
+def keep_unmasked(content: bytes, request: ImageRequest) -> bytes:
+    """Return the first input image, upright, with an answer where the mask edits; as PNG.
+
+    A mask that has the size of the upright picture is upright; any other lies as the picture is
+    stored. Raises what Pillow raises, a ValueError for an answer of another aspect.
+    """
+    with Image.open(request.image[0]) as stored, Image.open(io.BytesIO(content)) as answer:
+        orientation = stored.getexif().get(ExifTags.Base.Orientation, 1)
+        profile = stored.info.get("icc_profile")
+        source = ImageOps.exif_transpose(stored)
+        seen = Picture("", *source.size, alpha=False, whole=True)
+        if not fit(*answer.size, seen):
+            raise ValueError(f"the answer is {answer.width}x{answer.height}, the input {seen.size}")
+        alphas = source.has_transparency_data or answer.has_transparency_data
+        mode = "RGBA" if alphas else "RGB"
+        drawn = eight_bits(answer).convert(mode).resize(source.size, Image.Resampling.LANCZOS)
+    alpha = mask_alpha(request.mask or "", request.mask_edits)
+    if alpha.size != source.size:
+        alpha.getexif()[ExifTags.Base.Orientation] = orientation
+        alpha = ImageOps.exif_transpose(alpha)
+    kept = Image.composite(drawn, source.convert(mode), seam(alpha))
+    options = {"icc_profile": profile} if profile else {}
+    return encoded_picture(kept, "png", compress_level=COPY_LEVEL, **options)
 
 
 # ── 12 · Write, and what is on disk ───────────────────────────────────────────────────────────────
@@ -4159,18 +4537,33 @@ def is_copy(copy: Saved | None, original: Saved, max_dim: int) -> bool:
     return fits and os.path.getmtime(copy.path) >= os.path.getmtime(original.path)
 
 
-def save_copy(original: Saved, output: Output, max_dim: int, *, remake: bool) -> Saved | None:
-    """Write the downscaled copy of an original that is on disk. Runs in a worker thread."""
-    name = output.copy or ""
+def is_kept(kept: Saved | None, original: Saved, request: ImageRequest) -> bool:
+    """Tell whether a file is the kept picture of an original: marked, and of what is there now."""
+    if kept is None or not is_derived(kept.path):
+        return False
+    sources = filter(os.path.exists, (original.path, request.image[0], request.mask or ""))
+    return os.path.getmtime(kept.path) >= max(map(os.path.getmtime, sources))
+
+
+def save_derived(
+    derived: Derived, original: Saved, request: ImageRequest, max_dim: int, *, remake: bool
+) -> Saved | None:
+    """Write what is made of an image that is on disk. Runs in a worker thread."""
+    name, is_copy_of = derived.path, derived.kind != "kept"
     try:
-        if not remake and is_copy(copy := saved_file(name), original, max_dim):
-            return copy
+        there = None if remake else saved_file(name)
+        if is_copy(there, original, max_dim) if is_copy_of else is_kept(there, original, request):
+            return there
         with open(original.path, "rb") as file:
-            small = downscale(file.read(), original, max_dim)
-        return saved_file(write_file(name, small, replace=output.replace_copy))
+            content = file.read()
+        made = (
+            downscale(content, original, max_dim) if is_copy_of else keep_unmasked(content, request)
+        )
+        return saved_file(write_file(name, made, replace=derived.replace))
     except Exception as error:  # noqa: BLE001 - Pillow meets damage with many kinds
-        message = f"{name}: no downscaled copy ({one_line(error)}); the original is kept"
-        raise JobError(Failure("downscale", message)) from None
+        message = f"{name}: no {DERIVED[derived.kind]} ({one_line(error)}); the original is kept"
+        failure = Failure("downscale", message) if is_copy_of else Failure("keep", message)
+        raise JobError(failure) from None
 
 
 def images_on_disk(job: Job, came: Mapping[str, Saved]) -> dict[str, Saved]:
@@ -4292,6 +4685,12 @@ def as_record(outcome: Outcome) -> dict[str, Any]:
     """Return an outcome as a line of --json; references/cli.md documents it."""
     job, delivery, failure = outcome.job, outcome.delivery, outcome.failure
     strange = any(image.origin == "unknown" for image in delivery.images.values())
+    look = look_at_mask(job.request) if job.request.mask else None
+
+    def facts(files: Iterable[Saved]) -> list[dict[str, Any]]:
+        kept = (file._asdict().items() for file in files)
+        return [{key: value for key, value in items if key != "origin"} for items in kept]
+
     return {
         "job": job.number,
         "line": job.line,
@@ -4302,10 +4701,9 @@ def as_record(outcome: Outcome) -> dict[str, Any]:
         "model": job.request.model,
         "planned": [output.planned for output in job.outputs],
         "outputs": [image._asdict() for image in delivery.images.values()],
-        "outputs_downscaled": [
-            {key: value for key, value in copy._asdict().items() if key != "origin"}
-            for copy in delivery.copies
-        ],
+        "outputs_kept": facts(delivery.kept),
+        "outputs_downscaled": facts(delivery.copies),
+        "mask_share": round(look.share, 6) if isinstance(look, MaskLook) else None,
         "partials": list(delivery.drafts),
         "attempts": delivery.attempts,
         "seconds": round(delivery.seconds, 3),
@@ -4322,7 +4720,7 @@ def as_record(outcome: Outcome) -> dict[str, Any]:
 # Failures that repeating the command unchanged does not mend. Whatever else fails may pass.
 LASTING = (
     *("moderation", "invalid_request", "unknown_model", "permission", "authentication", "quota"),
-    *("input", "stale", "batch_ended", "max_cost"),
+    *("input", "stale", "batch_ended", "max_cost", "keep"),
 )
 # When it makes sense to repeat the command, after what is not mended by time alone.
 CONDITIONS = {
@@ -4338,6 +4736,7 @@ CONDITIONS = {
     "max_cost": "with --max-cost ",  # and how much
     "address": "with another OPENAI_BASE_URL",
     "write": "with room on the disk",
+    "keep": "with a size that fits the input",
     "bad_answer": "to pay for an answer once more",
 }
 STATUSES: tuple[Status, ...] = ("done", "skipped", "stale", "submitted", "not_sent", "failed")
@@ -4389,8 +4788,8 @@ class Report:
         if status not in ("skipped", "stale"):
             new = sum(image.origin == "new" for image in delivery.images.values())
             self.images += new
-            doubt = delivery.maybe_billed or (failure is not None and failure.maybe_billed)
-            self.uncosted += doubt or (new > 0 and delivery.cost_usd is None)
+            paid = new > 0 or (failure is not None and failure.maybe_billed)
+            self.uncosted += delivery.maybe_billed or (paid and delivery.cost_usd is None)
         if failure:
             self.left.setdefault(CONDITIONS.get(cause, ""), []).append(job)
             self.incomplete |= cause not in LASTING
@@ -4405,7 +4804,8 @@ class Report:
         """Print what a job has brought: on stdout, and on a terminal as progress."""
         delivery = outcome.delivery
         images = [image.path for image in delivery.images.values()]
-        wrote = [f"Wrote {path}" for path in (*images, *(copy.path for copy in delivery.copies))]
+        derived = (file.path for file in (*delivery.kept, *delivery.copies))
+        wrote = [f"Wrote {path}" for path in (*images, *derived)]
         if isinstance(outcome, Skipped):
             wrote = []
         if self.options.json:
@@ -4829,22 +5229,31 @@ def with_history(delivery: Delivery, exchange: Exchange) -> Delivery:
 
 
 async def make_copies(job: Job, delivery: Delivery, came: Container[str], run: Run) -> Delivery:
-    """Write the downscaled copies that are not there yet; a failure keeps the originals."""
+    """Write what is made of the images and not there yet; a failure keeps the originals."""
     loop = asyncio.get_running_loop()
-    max_dim, failure = run.options.downscale_max_dim, delivery.failure
-    copies: list[Saved] = []
+    max_dim, failure = run.options.downscale_max_dim or 0, delivery.failure
+    made: dict[str, list[Saved]] = {kind: [] for kind in DERIVED}
     for output in job.outputs:
-        image = delivery.images.get(output.path)
-        if image is None or output.copy is None or max_dim is None or run.aborted:
-            continue
         remake = bool(output.source) or (output.path in came and not output.collected)
-        write = functools.partial(save_copy, image, output, max_dim, remake=remake)
-        try:
-            copies += filter(None, [await loop.run_in_executor(run.copiers, write)])
-        except JobError as error:
-            run.heed(job, error.failure)
-            failure = failure or error.failure
-    return delivery._replace(copies=tuple(copies), failure=failure)
+        origins = {"copy": delivery.images.get(output.path)}
+        origins["kept"] = origins["copy"]
+        for derived in output.derived:
+            original = origins.get(derived.kind)
+            if original is None or run.aborted:
+                continue
+            write = functools.partial(
+                save_derived, derived, original, job.request, max_dim, remake=remake
+            )
+            try:
+                saved = await loop.run_in_executor(run.copiers, write)
+            except JobError as error:
+                run.heed(job, error.failure)
+                failure = failure or error.failure
+                continue
+            made[derived.kind] += [saved] if saved else []
+            origins[f"{derived.kind} copy"] = saved
+    copies = (*made["copy"], *made["kept copy"])
+    return delivery._replace(kept=tuple(made["kept"]), copies=copies, failure=failure)
 
 
 async def conclude(job: Job, delivery: Delivery, run: Run) -> Outcome:
@@ -4906,13 +5315,14 @@ def signals_taken(run: Run) -> Iterator[None]:
             signal.signal(name, signal.SIG_IGN if run.report.interrupted else handler)
 
 
-def load_modules(plan: Plan, options: RunOptions) -> None:
+def load_modules(plan: Plan) -> None:
     """Load what is first needed when an answer has come: it may not load any more by then."""
     # The SDK first: whoever is interrupted while it loads must not come back to half of it.
     needed = [openai, httpx2, httpcore2, binascii, email_utils, filecmp, html, ipaddress, jiter]
     needed += [random, stat, tempfile]
-    if options.downscale_max_dim is not None or plan.sheet is not None:
-        needed += [ExifTags, Image, ImageDraw, ImageFont, ImageOps, ImageSequence, PngImagePlugin]
+    if plan.sheet is not None or any(output.derived for job in plan.jobs for output in job.outputs):
+        needed += [ExifTags, Image, ImageDraw, ImageFilter, ImageFont, ImageOps, ImageSequence]
+        needed += [PngImagePlugin]
     try:
         for module in needed:
             getattr(module, "__name__")  # noqa: B009 - which loads it
@@ -5000,7 +5410,7 @@ async def running(plan: Plan, report: Report) -> AsyncIterator[Run]:
     if concurrency < report.options.concurrency:
         report.warn(f"--concurrency {concurrency}: more would need more open files (ulimit -n)")
         report.options = report.options._replace(concurrency=concurrency)
-    load_modules(plan, report.options)
+    load_modules(plan)
     prove_folders(plan, report.options)
     pool = functools.partial(futures.ThreadPoolExecutor, WORKERS)
     with pool() as savers, pool() as copiers:
@@ -5426,6 +5836,12 @@ def new_submission(folder: str, former: Submission | None, options: RunOptions) 
     return submission
 
 
+def part_digest(part: Part) -> str:
+    """Return a digest of an input file as it is sent."""
+    digest = file_digest(part.path)
+    return digest if part.mask_edits == MASK_EDITS[0] else f"{digest}-{part.mask_edits}"
+
+
 def job_digests(jobs: Iterable[Job]) -> dict[int, str]:
     """Return a digest of all that each job asks for, however much of it is on disk already.
 
@@ -5436,7 +5852,7 @@ def job_digests(jobs: Iterable[Job]) -> dict[int, str]:
         request = job.request
         names = [os.path.basename(output.planned) for output in job.outputs]
         try:
-            files = [file_digest(name) for name in request.files]
+            files = [part_digest(part) for part in request.parts]
         except OSError:
             digests[job.number] = ""
             continue
@@ -5511,24 +5927,26 @@ def begin(submission: Submission, jobs: Sequence[Job]) -> None:
         submission.save()
 
 
-def batch_line(job: Job, file_ids: Mapping[str, str]) -> dict[str, Any]:
+def batch_line(job: Job, file_ids: Mapping[Part, str]) -> dict[str, Any]:
     """Return the line of a job for the Batch API; file_ids says what stands for an input file."""
     request = job.wanted
     body = request.payload
-    if request.image:
-        body["images"] = [{"file_id": file_ids[name]} for name in request.image]
-    if request.mask:
-        body["mask"] = {"file_id": file_ids[request.mask]}
+    for part in request.parts:
+        sent = {"file_id": file_ids[part]}
+        if part.role == "image":
+            body.setdefault("images", []).append(sent)
+        else:
+            body[part.role] = sent
     custom_id = f"job-{job.number}"
     return {"custom_id": custom_id, "method": "POST", "url": request.endpoint, "body": body}
 
 
-def encoded_line(job: Job, file_ids: Mapping[str, str]) -> bytes:
+def encoded_line(job: Job, file_ids: Mapping[Part, str]) -> bytes:
     """Return the same as it stands in the file."""
     return json.dumps(batch_line(job, file_ids), ensure_ascii=False).encode() + b"\n"
 
 
-def plan_shards(jobs: Iterable[Job], file_ids: Mapping[str, str]) -> list[Shard]:
+def plan_shards(jobs: Iterable[Job], file_ids: Mapping[Part, str]) -> list[Shard]:
     """Fill as few batches as the limits allow; a batch has one endpoint and one model."""
     shards: list[tuple[str, list[int]]] = []
     filling: dict[tuple[str, str], tuple[list[int], int]] = {}
@@ -5819,11 +6237,11 @@ class BatchClient:
         await self.upload_inputs(self.jobs[number] for number in shard.numbers)
         return self.submission.uploads == before and await self.know_file(shard)
 
-    async def upload_inputs(self, jobs: Iterable[Job]) -> dict[str, str]:
-        """Upload each distinct input image once; return the file ids by path."""
+    async def upload_inputs(self, jobs: Iterable[Job]) -> dict[Part, str]:
+        """Upload each distinct input image once; return the file ids by what they are sent as."""
         uploads, known = self.submission.uploads, self.known_files
-        paths = dict.fromkeys(path for job in jobs for path in job.request.files)
-        digests = {path: file_digest(path) for path in paths}
+        parts = dict.fromkeys(part for job in jobs for part in job.request.parts)
+        digests = {part: part_digest(part) for part in parts}
 
         async def upload(digest: str) -> None:
             file_id = uploads.get(digest)
@@ -5837,15 +6255,15 @@ class BatchClient:
                     self.submission.save()
             known.add(uploads[digest])
 
-        sources = {digest: path for path, digest in digests.items()}
+        sources = {digest: part for part, digest in digests.items()}
         await self.together(upload, sources)
-        return {path: uploads[digest] for path, digest in digests.items()}
+        return {part: uploads[digest] for part, digest in digests.items()}
 
-    async def upload_input(self, path: str) -> Any:  # noqa: ANN401
+    async def upload_input(self, part: Part) -> Any:  # noqa: ANN401
         """Upload an input image."""
         with ExitStack() as stack:
-            part = file_part(stack, path, "input")
-            return await self.api.files.with_raw_response.create(file=part, purpose="vision")
+            file = file_part(stack, part, "input")
+            return await self.api.files.with_raw_response.create(file=file, purpose="vision")
 
     async def upload_lines(self, shard: Shard) -> None:
         """Upload the jobs of a shard, one a line."""
@@ -6518,7 +6936,7 @@ def print_dry_run(plan: Plan, report: Report) -> None:
         elif not job.missing and plan.memory is None:
             report.note("nothing to send, its files are there")
         elif job.missing and options.batch_api:
-            uploads = {name: f"upload of {name}" for name in job.request.files}
+            uploads = {part: f"upload of {part.path}" for part in job.request.parts}
             report.result(as_json(batch_line(job, uploads)))
         elif job.missing:
             report.result(as_json(document(job), indent=None if options.json else 2))
@@ -6583,7 +7001,7 @@ def jobs_to_send(
 def plan_command(arguments: Arguments, options: RunOptions) -> tuple[Plan, Submission | None]:
     """Read the jobs, choose those that are meant, and find what is there of their images."""
     read, problems = read_jobs(arguments)
-    jobs = [plan_outputs(job, options) for job in read]
+    jobs = [plan_outputs(match_size(job), options) for job in read]
     memory = claims = submission = former = None
     chosen = {job.number for job in jobs}
     if arguments.command == "generate-batch":
@@ -6631,8 +7049,8 @@ def run_command(arguments: Arguments) -> int:
         plan, submission = plan_command(arguments, options)
         report = Report(len(plan.jobs), options)
         warnings = preflight(plan, options)
-        if cost := estimate(plan.to_send, options):
-            report.note(cost)
+        for said in filter(None, (estimate(plan.to_send, options), shares_of(plan.to_send))):
+            report.note(said)
         for warning in warnings:
             report.warn(warning)
         if plan.memory is not None and plan.existing == "keep":

@@ -52,7 +52,7 @@ def messages(result: Result, label: str) -> list[str]:
     """The messages of one kind; there is nothing else than messages and what it would cost."""
     assert result.stderr.endswith("\n") or not result.stderr
     lines = result.stderr.split("\n")[:-1]
-    labels = ("Error: ", "Warning: ", "about $", "no estimate for ")
+    labels = ("Error: ", "Warning: ", "about $", "no estimate for ", "masks: ")
     assert all(line.startswith(labels) for line in lines), result.stderr
     return [line.removeprefix(label) for line in lines if line.startswith(label)]
 

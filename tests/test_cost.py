@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -217,7 +218,8 @@ def test_an_edit_counts_its_input_images(run: Run, api: ImagesAPI) -> None:
         ({"input_tokens": 10, "output_tokens": 1e3}, None),
         ({"input_tokens": -10, "output_tokens": 196}, None),
         ({"input_tokens": 10, "output_tokens": 10**400}, None),
-        ({"input_tokens_details": {"text_tokens": 10}, "output_tokens": 196}, None),
+        ({"input_tokens_details": {"text_tokens": 10}, "output_tokens": 196}, 0.00593),
+        ({"input_tokens_details": {"image_tokens": 0}, "output_tokens": 196}, None),
         (
             {"input_tokens_details": {"text_tokens": 2, "image_tokens": 1}, "output_tokens": 1},
             0.000048,
@@ -236,9 +238,11 @@ def test_a_cost_that_cannot_be_told_is_null(
 def test_an_edit_that_does_not_tell_its_inputs_has_no_known_cost(run: Run, api: ImagesAPI) -> None:
     picture("room.png")
     usage = {"input_tokens": 1000, "output_tokens": 196}
-    api.script(document(lambda answer: answer.update(usage=usage)))
+    zero = usage | {"input_tokens_details": {"text_tokens": 10, "image_tokens": 0}}
     argv = ["edit", "--image", "room.png", "--prompt", "night", "--out", "n.png", "--json"]
-    assert run(*argv).json["cost_usd"] is None
+    for told in (usage, zero):
+        api.script(document(partial(dict.update, usage=told)))
+        assert run(*argv, "--force").json["cost_usd"] is None
 
 
 @pytest.mark.parametrize(
@@ -571,6 +575,7 @@ def test_the_folder_counts_answers_that_brought_no_image(run: Run, api: ImagesAP
     again = run(*live.batch(2, *SMALL, "--skip-existing"))
     assert again.exit_code == 0
     assert f"this folder so far: {image_gen.dollars(api.billed)}" in again.stderr
+    assert "of unknown cost" not in result.stderr
 
 
 def test_only_the_cap_changes_what_a_failure_is_counted_as(run: Run, api: ImagesAPI) -> None:

@@ -98,7 +98,8 @@ def test_hostile_lines_are_refused_with_their_number_in_one_short_line(
     assert len(said) < 1000
 
 
-STRING_KEYS = sorted({*JOB_OPTIONS, *PROMPT_FIELDS, "prompt", "out"})
+VALUE_KEYS = {key for key, option in JOB_OPTIONS.items() if option.convert}  # no switches
+STRING_KEYS = sorted({*VALUE_KEYS, *PROMPT_FIELDS, "prompt", "out"})
 NUMBER_KEYS = [key for key, option in JOB_OPTIONS.items() if option.convert is as_whole_number]
 WRONG_TYPES: list[object] = [True, False, 2.5, {}, {"a": 1}, [[]], [{"b": 2}], [None], [8]]
 

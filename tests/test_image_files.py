@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import image_gen
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from image_gen import Picture, probe
-from PIL import Image
+from PIL import ExifTags, Image
 
 SIZE = (33, 17)
 
@@ -72,13 +73,20 @@ KINDS = {
     "webp, extended without alpha": ("webp", False, encoded("WEBP", "RGB", **PREVIEW)),
     "webp, animated": ("webp", True, encoded("WEBP", "RGBA", **FRAMES)),
 }
+ODDITIES = {
+    "png, 16 bit": image_gen.DEEP,
+    "png, animated": "animated",
+    "webp, animated": "animated",
+    "jpeg, CMYK": "CMYK",
+}
 SMALL_KINDS = {name: data for name, (_, _, data) in KINDS.items() if len(data) < 2000}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_format_size_and_alpha_are_read_from_a_whole_file(kind: str) -> None:
     image_format, alpha, data = KINDS[kind]
-    assert probed(data) == Picture(image_format, *SIZE, alpha=alpha, whole=True)
+    oddity = ODDITIES.get(kind, "")
+    assert probed(data) == Picture(image_format, *SIZE, alpha=alpha, whole=True, oddity=oddity)
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP"])
@@ -101,7 +109,20 @@ def test_a_file_that_is_cut_anywhere_is_not_whole(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_whose_last_bytes_are_missing_still_says_what_it_is(kind: str) -> None:
     image_format, alpha, data = KINDS[kind]
-    assert probed(data[:-1]) == Picture(image_format, *SIZE, alpha=alpha, whole=False)
+    oddity = ODDITIES.get(kind, "")
+    cut = Picture(image_format, *SIZE, alpha=alpha, whole=False, oddity=oddity)
+    assert probed(data[:-1]) == cut
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_that_lies_on_its_side_is_known(image_format: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    picture = probed(encoded(image_format, "RGB", (64, 32), exif=exif))
+    assert picture is not None
+    assert (picture.turned, picture.size) == (orientation > 4, "64x32")
+    assert picture.upright.size == ("32x64" if orientation > 4 else "64x32")
 
 
 def test_fill_bytes_before_a_marker_of_a_jpeg_are_skipped() -> None:

@@ -162,8 +162,10 @@ def draw_inputs(page: str) -> None:
     for name in named:
         if Path(name).suffix in image_gen.SUFFIX_FORMATS and "/" not in name:
             Image.new("RGB", (64, 48), "#00ff00").save(name)
-    for name in filter(None, sum(masks, ())):
-        Image.new("RGBA", (64, 48), "#00000000").save(name)
+    for name in filter(None, sum(masks, ())):  # half of it is edited, by alpha and by white
+        mask = Image.new("RGBA", (64, 48), "#00000000")
+        mask.paste("#ffffffff", (0, 0, 32, 48))
+        mask.save(name)
 
 
 @pytest.mark.parametrize("page", TEXT)
@@ -503,6 +505,9 @@ def facts() -> Iterator[tuple[str, str]]:
     yield api, f"to ${g.INPUT_IMAGE_DOLLARS}"
     yield cli, f"a token for {g.PROMPT_BYTES} bytes of prompt and ${g.INPUT_IMAGE_DOLLARS} for"
     yield cli, f"prices of {g.PRICES_DATE}"
+    yield cli, f"A seam of {g.SEAM_PIXELS} pixels"
+    yield cli, f"the aspect of the input within {g.MATCHING:.0%}".replace("%", " %")
+    yield cli, f"above {g.MAX_COPY_PIXELS:,} pixels"
     yield api, f"An answer may have {g.MAX_ANSWER_BYTES >> 20} MB for each image"
     yield api, f"of an error {g.MAX_ERROR_BYTES >> 20} MB is read"
     yield api, f"at most {g.MAX_REDIRECTS} redirects"
@@ -560,7 +565,8 @@ def test_the_record_has_the_keys_of_its_tables(run: Run, api: ImagesAPI) -> None
 
 def test_the_dry_run_has_the_keys_of_its_table(run: Run) -> None:
     draw_inputs("references/cli.md")
-    Path("jobs.jsonl").write_text('{"prompt": "x", "image": "room.png", "mask": "mask.png"}')
+    job = {"prompt": "x", "image": "room.png", "mask": "mask.png", "keep_unmasked": True}
+    Path("jobs.jsonl").write_text(json.dumps(job))
     dry = run("generate-batch", "--input", "jobs.jsonl", "--out-dir", "out", "--dry-run").json
     parameters = {key for key in dry if key in image_gen.PAYLOAD_KEYS}
     shown = " ".join(first_cells("references/cli.md", "Dry run"))

@@ -193,7 +193,7 @@ def test_markup_is_drawn_over_a_photograph_as_it_is_seen(run: Run) -> None:
     photograph = lying_photograph()
     markup = ("--model", FLARE, "--markup")
     upright = picture("upright.png", "RGBA", (32, 64))
-    result = dry.edit(run, *markup, upright, image=photograph)
+    result = dry.edit(run, *markup, upright, "--size", "1024x2048", image=photograph)
     assert dry.document(result)["markup"] == upright
     assert dry.warnings(result) == []
     stored = picture("stored.png", "RGBA", (64, 32))
@@ -213,7 +213,7 @@ def test_markup_is_drawn_over_a_photograph_as_it_is_seen(run: Run) -> None:
         pytest.param("x" * 300, None, "File name too long", id="300 bytes"),
         pytest.param("empty.png", b"", "no PNG, JPEG or WebP", id="empty"),
         pytest.param("text.png", b"a fox", "no PNG, JPEG or WebP", id="text"),
-        pytest.param("page.svg", b"<svg></svg>", "no PNG, JPEG or WebP", id="svg"),
+        pytest.param("page.svg", b"<svg></svg>", "render it to PNG first", id="svg"),
         pytest.param("a.gif", b"GIF89a\1\0\1\0\0\0\0;", "no PNG, JPEG or WebP", id="gif"),
         pytest.param("head.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0", "", id="head of a PNG"),
         pytest.param("bare.jpg", b"\xff\xd8\xff\xe0\0\0\xff\xd9", "", id="JPEG without a frame"),

@@ -24,7 +24,7 @@ IMAGE_KEYS = {"path", "bytes", "width", "height", "format", "alpha"}
 ERROR_KEYS = {"kind", "code", "message", "retryable", "maybe_billed"}
 KEYS = {
     *("job", "line", "status", "title", "prompt", "endpoint", "model", "planned", "partials"),
-    *("outputs", "outputs_downscaled"),
+    *("outputs", "outputs_kept", "outputs_downscaled", "mask_share"),
     *("attempts", "seconds", "request_id", "usage", "cost_usd", "size", "quality"),
     *("warnings", "error"),
 }
