@@ -106,10 +106,12 @@ if TYPE_CHECKING:
     import logging
     import random
     import resource
+    import shlex
     import shutil
     import signal
     import socket
     import stat
+    import subprocess
     import tempfile
     import threading
     import traceback
@@ -162,7 +164,8 @@ else:
     traceback, email_utils, urls = map(Lazy, ("traceback", "email.utils", "urllib.parse"))
     futures, importlib_util = map(Lazy, ("concurrent.futures", "importlib.util"))
     httpcore2, metadata = map(Lazy, ("httpcore2", "importlib.metadata"))
-    shutil, socket, stat, threading = map(Lazy, ("shutil", "socket", "stat", "threading"))
+    shlex, shutil, socket = map(Lazy, ("shlex", "shutil", "socket"))
+    stat, subprocess, threading = map(Lazy, ("stat", "subprocess", "threading"))
     ExifTags, Image, ImageDraw = map(Lazy, ("PIL.ExifTags", "PIL.Image", "PIL.ImageDraw"))
     ImageFilter, ImageFont = map(Lazy, ("PIL.ImageFilter", "PIL.ImageFont"))
     ImageOps = Lazy("PIL.ImageOps")
@@ -190,6 +193,7 @@ MAX_BATCH_API_JOBS = 50_000
 MAX_CONCURRENCY = 25
 MAX_ATTEMPTS = 10
 MAX_NAME_BYTES = 255
+MAX_SLUG_BYTES = 180  # of the part of an automatic name that is made of the prompt
 MAX_PATH_BYTES = 4095
 LONGEST_ADDITION = len("-alt-9999.damaged")  # to the name of an image; a long one is cut for it
 WINDOWS_CHARACTERS = '< > : " | ? *'
@@ -223,6 +227,8 @@ MIN_PIXELS = 655_360
 MAX_PIXELS = 8_294_400
 EXPERIMENTAL_PIXELS = 2560 * 1440
 
+GIF_EDGES = ((9, 960), (12, 816), (16, 720))  # most frames, and the edge of a square that works
+
 BACKGROUNDS = ("transparent", "opaque", "auto")
 MODERATIONS = ("auto", "low")
 FIDELITIES = ("low", "high")
@@ -235,7 +241,7 @@ RANGES = {
     "n": (1, MAX_N),
     "output_compression": (0, 100),
     "frame_count": (2, 16),
-    "frame_duration_ms": (1, 655_350),
+    "frame_duration_ms": (20, 655_350),
     "partial_images": (1, 3),
     "concurrency": (1, MAX_CONCURRENCY),
     "max_attempts": (1, MAX_ATTEMPTS),
@@ -273,7 +279,7 @@ class ModelFamily(NamedTuple):
     qualities: tuple[str, ...] = ("low", "medium", "high", "auto")
     formats: tuple[str, ...] = PICTURE_FORMATS
     sizes: tuple[str, ...] = ()  # empty: free sizes within the limits above
-    transparent: bool = True
+    transparent: bool | None = True  # None: the API decides
     markup: bool = False
     fidelities: tuple[str, ...] = ()  # as documented; empty: input_fidelity has to be left out
     variants: tuple[str, ...] = ()  # where no model has the plain name of the family
@@ -296,7 +302,14 @@ old_family = functools.partial(ModelFamily, sizes=OLD_SIZES, priced=False)
 # Newest first: a model that no row knows gets the rules of the first row. Of two prefixes that fit,
 # the upper one counts.
 MODEL_FAMILIES = (
-    ModelFamily("gpt-image-2.6", QUALITIES, tuple(FORMATS), markup=True, variants=VARIANTS),
+    ModelFamily(
+        "gpt-image-2.6",
+        QUALITIES,
+        tuple(FORMATS),
+        transparent=None,
+        markup=True,
+        variants=VARIANTS,
+    ),
     ModelFamily(
         "gpt-image-2.5",
         QUALITIES,
@@ -310,8 +323,6 @@ MODEL_FAMILIES = (
     old_family("gpt-image-1-mini", fidelities=("low",), shut_down="2026-12-01"),
     old_family("gpt-image-1", fidelities=FIDELITIES, shut_down="2026-10-23"),
 )
-SUCCESSORS = "gpt-image-2.5-sunburst or gpt-image-2.5-flare"  # of what is shut down
-
 # Dollars for a million tokens, the same for all families that are priced; to be looked up at
 # openai.com/api/pricing. Cached input is cheaper, and no answer tells it apart.
 PRICES_DATE = "2026-11-25"
@@ -344,9 +355,10 @@ PROMPT_FIELDS = tuple(key for key, _, _ in PROMPT_SECTIONS if key != "prompt")
 
 
 def model_family(model: str) -> ModelFamily | None:
-    """Return the row of a model: its name, or its name with a dash and more."""
+    """Return the row of a model: its name, or more behind a dash; a vendor may stand first."""
+    name = model.rpartition("/")[2]
     for family in MODEL_FAMILIES:
-        if f"{model}-".startswith(f"{family.prefix}-"):
+        if f"{name}-".startswith(f"{family.prefix}-"):
             return family
     return None
 
@@ -640,6 +652,7 @@ class RunOptions(NamedTuple):
     timeout: float = 600.0
     downscale_max_dim: int | None = None
     downscale_suffix: str = "-web"
+    downscale_format: str | None = None
     contact_sheet: str | None = None
 
     @property
@@ -918,6 +931,15 @@ def as_path(value: object) -> str:
     return os.path.expanduser(as_visible(value))
 
 
+def as_target(value: object) -> str:
+    """Accept a path to write to."""
+    if value == "-":
+        raise argparse.ArgumentTypeError(
+            "cannot be standard output, which names files; give a name"
+        )
+    return as_path(value)
+
+
 def as_paths(value: object) -> list[str]:
     """Accept a path or a list of them."""
     if value == []:
@@ -951,9 +973,19 @@ class Option(NamedTuple):
     more: Mapping[str, Any] = {}  # what else argparse is told
 
     @property
+    def flag(self) -> str:
+        """The flag alone."""
+        return self.usage.split(" ")[0]
+
+    @property
     def key(self) -> str:
         """The JSONL key of the flag."""
-        return self.usage.split(" ")[0][2:].replace("-", "_")
+        return self.flag[2:].replace("-", "_")
+
+    @property
+    def shown(self) -> bool:
+        """Whether --help lists it."""
+        return self.help != argparse.SUPPRESS
 
 
 def flag(key: str) -> str:
@@ -1073,6 +1105,14 @@ FILES = (
         "also write a copy whose longer edge is at most this",
     ),
     Option("--downscale-suffix SUFFIX", as_text, "what the copy's name adds"),
+    Option(
+        "--downscale-format FORMAT", as_format, "png, jpeg or webp for the copy", "as the image"
+    ),
+    Option(
+        "--contact-sheet FILE",
+        as_target,
+        "also write one image of labelled thumbnails of all images",
+    ),
     Option("--keep-partials", None, "keep the drafts of --partial-images when the image is there"),
     Option("--force", None, "replace files that exist", exclusive=True),
     Option(
@@ -1086,26 +1126,21 @@ FILES = (
 OUTPUT = (
     Option(
         "--out PATH",
-        as_path,
+        as_target,
         "file, or folder if it ends with / or exists",
         f"{DEFAULT_OUT}.<format>",
     ),
-    Option("--out-dir DIR", as_path, "folder for image_1.<format>, image_2.<format> …"),
+    Option("--out-dir DIR", as_target, "folder for image_1.<format>, image_2.<format> …"),
     *FILES,
 )
 BATCH_OUTPUT = (
-    Option("--out-dir DIR", as_path, "folder for all images", more={"required": True}),
+    Option("--out-dir DIR", as_target, "folder for all images", more={"required": True}),
     *FILES,
     Option(
         "--remake",
         None,
         "as --skip-existing, and make those again that were made from another request; the old "
         "ones are kept as NAME-old-1.EXT",
-    ),
-    Option(
-        "--contact-sheet FILE",
-        as_path,
-        "also write one image of labelled thumbnails of the whole batch",
     ),
 )
 BATCH = (
@@ -1164,6 +1199,31 @@ RUN = (
 )
 
 
+# What other programs call a flag of this one.
+MEANT = {
+    "--format": ["--output-format"],
+    "--output": ["--out", "--out-dir"],
+    "-o": ["--out", "--out-dir"],
+    "--width": ["--size"],
+    "--height": ["--size"],
+    "--aspect-ratio": ["--size"],
+    "--images": ["--image", "--n"],
+    "--count": ["--n"],
+    "--num-images": ["--n"],
+    "--negative-prompt": ["--negative"],
+    "--overwrite": ["--force"],
+    "--resume": ["--skip-existing"],
+    "--file": ["--input", "--prompt-file"],
+}
+BATCH_KEYS = '\nkeys of a JSON object ("fields" may hold those of the last line):\n' + "".join(
+    f"  {', '.join(keys)}\n"
+    for keys in (
+        ("prompt", "out", *(option.key for option in IMAGE[:7])),
+        [option.key for option in IMAGE[7:]],
+        [option.key for option in INPUTS],
+        PROMPT_FIELDS,
+    )
+)
 # The groups of --help, in its order.
 SINGLE = {"image": IMAGE, "prompt fields": FIELDS, "output": OUTPUT, "run": RUN}
 DESCRIPTIONS = {
@@ -1176,25 +1236,31 @@ class Command(NamedTuple):
     """A subcommand, as its help shows it."""
 
     help: str
+    usage: str
     example: str
     groups: Mapping[str, tuple[Option, ...]]
+    more: str = ""  # at the end of its help
 
 
 COMMANDS = {
     "generate": Command(
         "make an image from a prompt",
+        "--prompt TEXT [--out PATH]",
         '{} generate --prompt "A red kite over dunes" --size 1536x1024 --out kite.png',
         {"prompt": (*PROMPT, *FOR_EDITS), **SINGLE},
     ),
     "edit": Command(
         "change or combine images",
+        "--image FILE --prompt TEXT [--out PATH]",
         '{} edit --image room.png --prompt "Only paint the wall sage green" --out green.png',
         {"prompt": PROMPT, "input images": INPUTS, **SINGLE},
     ),
     "generate-batch": Command(
         "run many jobs from a JSONL file",
+        "--input FILE --out-dir DIR",
         "{} generate-batch --input jobs.jsonl --out-dir kites --concurrency 10",
         {"batch": BATCH, "Batch API": BATCH_API, **SINGLE, "output": BATCH_OUTPUT},
+        BATCH_KEYS,
     ),
 }
 # How the keys of a JSONL line are read; "fields" may hold PROMPT_FIELDS as well.
@@ -1247,11 +1313,29 @@ class Parser(argparse.ArgumentParser):
             if not isinstance(error, BrokenPipeError):  # a reader that has seen enough
                 raise UsageError(f"stdout takes no more: {error.strerror}") from None
 
-    def error(self, message: str) -> NoReturn:
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # noqa: ANN401
+        """Parse the command line; what is not known is refused with what was probably meant."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if not unknown:
+            return parsed
+        groups = COMMANDS[parsed.command].groups.values()
+        known = [option.flag for group in groups for option in group if option.shown]
+        word = unknown[0]
+        name = word.partition("=")[0].replace("_", "-")
+        meant = [each for each in MEANT.get(name, ()) if each in known]
+        meant += difflib.get_close_matches(name, known, n=1)
+        if not word.startswith("-"):
+            meant = [known[0]]  # --prompt, --input
+        hint = f"did you mean {meant[0]}? " if meant else ""
+        hint = "the API has no seed; make variants with --n " if name == "--seed" else hint
+        return self.error(f"unknown {received(word)}: {hint}", parsed.command)
+
+    def error(self, message: str, command: str = "") -> NoReturn:
         """Raise instead of leaving the process."""
         if "expected one argument" in message:
             message += "; a value that begins with a dash is given as --flag=VALUE"
-        raise UsageError(f"{message} ({self.prog} --help lists what is accepted)")
+        program = f"{self.prog} {command}".strip()
+        raise UsageError(f"{message.strip()} ({program} --help lists what is accepted)")
 
     def add_group(self, title: str, options: Iterable[Option]) -> None:
         """Add the flags of a group."""
@@ -1280,7 +1364,10 @@ def build_parser(only: str | None = None) -> Parser:
             name,
             help=command.help,
             description=command.help[0].upper() + command.help[1:] + ".",
-            epilog=f"example:\n  {command.example.format(parser.prog)}\n\n{EXIT_CODES}",
+            usage=f"%(prog)s {command.usage} [options]",
+            epilog="\n".join(
+                ["example:", "  " + command.example.format(parser.prog), command.more, EXIT_CODES]
+            ),
         )
         for title, options in command.groups.items() if only in (None, name) else ():
             sub.add_group(title, options)
@@ -1421,21 +1508,110 @@ def convert_job(job: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def slugify(title: str) -> str:
-    """Make a file name of a prompt."""
+    """Make a file name of a prompt; of its own script's letters where it has no others."""
     slug = re.sub(r"[^a-z0-9]+", "-", title[:80].lower()).strip("-")
-    return slug[:60].strip("-") or "job"
+    if not slug:
+        composed = unicodedata.normalize("NFC", title[:80]).lower()
+        kept = (c if unicodedata.category(c)[0] in "LMN" else "-" for c in composed)
+        slug = re.sub("-+", "-", "".join(kept)).strip("-")
+    short = slug[:60].encode()[:MAX_SLUG_BYTES].decode(errors="ignore")
+    return short.strip("-") or "job"
+
+
+# A byte order mark, zero-width characters and the like, which files that were joined have.
+INVISIBLE = re.compile(r"^[\s\u00ad\u200b-\u200f\u2060\ufeff]+")
 
 
 def job_lines(file: Iterable[bytes]) -> Iterator[tuple[int, str | UnicodeDecodeError]]:
     """Yield the number and the content of each line that holds a job."""
     for number, line in enumerate(file, start=1):
         try:
-            stripped = line.removeprefix(b"\xef\xbb\xbf" * (number == 1)).decode().strip()
+            stripped = INVISIBLE.sub("", line.decode()).rstrip()
         except UnicodeDecodeError as error:
             yield number, error
         else:
             if stripped and not stripped.startswith("#"):
                 yield number, stripped
+
+
+# What a file may be that is no list of jobs, and the way to one; {} is its name.
+PYTHON_WAY = (
+    'python -c "import {0}, sys; [print(json.dumps({1})) for each in {2}]" < {3} > jobs.jsonl'
+)
+FOREIGN_FILES = {
+    "a code fence": "grep -v '^```' {} > jobs.jsonl",
+    "a JSON array": PYTHON_WAY.format("json", "each", "json.load(sys.stdin)", "{}"),
+    "JSON over several lines": "python -m json.tool --compact {} > jobs.jsonl",
+    "CSV": PYTHON_WAY.format(
+        "csv, json", "{{k: v for k, v in each.items() if v}}", "csv.DictReader(sys.stdin{})", "{}"
+    ),
+    "YAML": PYTHON_WAY.format("json, yaml", "each", "yaml.safe_load(sys.stdin)", "{}"),
+    "a Markdown list": "sed -E 's/^ *([-*+]|[0-9]+[.)]) +//' {} > jobs.txt",
+    "a Markdown table": "write its prompts into a file, one a line",
+    "UTF-16": "iconv -f UTF-16 -t UTF-8 {} > jobs.jsonl",
+    "no text": "give a file of prompts",
+}
+BINARY_BEGINS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"PK\x03\x04", b"%PDF", b"\x1f\x8b")
+
+
+class Shape:
+    """What a file looks like as a whole; one odd line proves nothing."""
+
+    def __init__(self, head: bytes) -> None:
+        self.head = head
+        self.first = self.last = ""
+        self.lines = self.listed = self.keyed = self.piped = self.open = self.split = 0
+
+    def see(self, line: str) -> None:
+        """Count a line that holds a job, if it is one."""
+        self.first = self.first or line
+        self.last = line
+        self.lines += 1
+        self.listed += re.match(r"([-*+•]|\d{1,3}[.)])\s+\S", line) is not None
+        self.keyed += re.match(r"(- )?[a-z_]+:(\s|$)", line) is not None
+        self.piped += line.startswith("|") and line.endswith("|")
+        self.open += line.endswith(("[", "]", "{", "}", ","))
+        self.split += line.count(self.separator) >= self.first.count(self.separator) > 0
+
+    @property
+    def separator(self) -> str:
+        """What stands most often between the fields of the first line, were it a head."""
+        return max(";\t,", key=self.first.count)
+
+    @property
+    def is_json(self) -> bool:
+        """Whether it is one value of JSON, over several lines."""
+        begins = self.first in ("[", "{") or re.match(r"\[.*[\[,]$", self.first) is not None
+        return begins and self.last.endswith(("]", "}")) and self.open > 0.6 * self.lines > 0.6
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the first line can be the head of a table: bare words, known ones among them."""
+        fields = [field.strip('"').lower() for field in self.first.split(self.separator)]
+        words = all(re.fullmatch(r"\w[\w -]{0,30}", field) for field in fields)
+        known = any(
+            field.rstrip("s") in ("prompt", "text") or field in JOB_KEYS for field in fields
+        )
+        return words and (known or (len(fields) > 1 and self.separator != ","))
+
+    @property
+    def foreign(self) -> str:
+        """What it looks like, by FOREIGN_FILES; empty if it can be a list of jobs."""
+        found = {
+            "UTF-16": self.head.startswith((b"\xff\xfe", b"\xfe\xff"))
+            or self.head.count(0) * 4 > len(self.head),
+            "no text": self.head.startswith(BINARY_BEGINS),
+            "a code fence": self.first.startswith("```"),
+            "a JSON array": self.is_json and self.first.startswith("["),
+            "JSON over several lines": self.is_json,
+            "YAML": self.first == "---" or self.keyed > max(1, 0.8 * self.lines),
+            "a Markdown list": self.listed >= max(2, 0.5 * self.lines),
+            "a Markdown table": self.piped == self.lines > 1,
+            "CSV": self.lines > 1
+            and self.has_head
+            and (self.split > 0.8 * self.lines or self.separator not in self.first),
+        }
+        return next((what for what, is_it in found.items() if is_it), "")
 
 
 def read_job(
@@ -1463,11 +1639,23 @@ def read_batch(arguments: Arguments) -> tuple[list[Job], list[tuple[int, str]]]:
     problems: list[tuple[int, str]] = []
     number = 0
     with opened(source, "--input") as file:
-        for number, (line_number, line) in enumerate(job_lines(file), start=1):
+        begin = file.readline()
+        shape, lines = Shape(begin[:1024]), job_lines(chain([begin], file))
+        for number, (line_number, line) in enumerate(lines, start=1):
+            if isinstance(line, str):
+                shape.see(line)
             if number <= most:
                 job, wrong = read_job(number, line_number, line, flags)
                 jobs.append(job)
                 problems += [(line_number, problem) for problem in wrong]
+    if what := shape.foreign:
+        name = shlex.quote("FILE" if source == "-" else source)
+        comma = "" if shape.separator == "," else f", delimiter={shape.separator!r}"
+        way = FOREIGN_FILES[what].format(*([comma] if what == "CSV" else []), name)
+        raise UsageError(
+            f"--input {source} looks like {what}; a job a line is wanted, a prompt or a JSON "
+            f"object: {way}"
+        )
     if not number:
         raise UsageError(f"--input {source} holds no job; write one a line")
     if number > most:
@@ -1672,6 +1860,13 @@ def beside(path: str, suffix: str) -> str:
     return stem + suffix + extension
 
 
+def with_format(path: str, kind: str | None) -> str:
+    """Return a path whose name ends as one of a format does."""
+    if kind not in FORMATS or kind == name_format(path):
+        return path
+    return os.path.splitext(path)[0] + FORMATS[kind].suffixes[0]
+
+
 def with_room(path: str) -> str:
     """Return a path whose name can be added to: a very long one is cut."""
     folder, name = os.path.split(path)
@@ -1709,15 +1904,15 @@ def plan_names(job: Job) -> Iterator[str]:
 
 def derived_of(path: str, request: ImageRequest, options: RunOptions) -> Iterator[Derived]:
     """Yield what is made of an image at a path, each behind what it is made of."""
-    suffix = options.downscale_suffix
+    suffix, kept = options.downscale_suffix, with_format(beside(path, "-kept"), "png")
     dashed = suffix if suffix.startswith(("-", "_")) else f"-{suffix}"
-    kept = beside(os.path.splitext(path)[0] + ".png", "-kept")
+    copy_format = None if request.output_format == "gif" else options.downscale_format
     if options.downscale_max_dim is not None:
-        yield Derived(beside(path, dashed), "copy")
+        yield Derived(with_format(beside(path, dashed), copy_format), "copy")
     if request.keep_unmasked:
         yield Derived(kept, "kept")
     if request.keep_unmasked and options.downscale_max_dim is not None:
-        yield Derived(beside(kept, dashed), "kept copy")
+        yield Derived(with_format(beside(kept, dashed), copy_format), "kept copy")
 
 
 def output_at(path: str, planned: str, job: Job, options: RunOptions) -> Output:
@@ -2365,6 +2560,20 @@ def check_size(request: ImageRequest, family: ModelFamily) -> Iterator[str]:
         yield Notice(f"size {size}: above 2560x1440 pixels the API is experimental")
 
 
+def check_gif_size(request: ImageRequest) -> Iterator[str]:
+    """Warn of what users saw refused: all frames share one sheet, and OpenAI gives no numbers."""
+    frames = request.frame_count or 9
+    edge = next((edge for most, edge in GIF_EDGES if frames <= most), GIF_EDGES[-1][1])
+    edges = edges_of(request.size)
+    if edges is None and request.size not in ("auto", "match"):
+        yield f"size {received(request.size)} has to be auto, match or WIDTHxHEIGHT, e.g. 720x720"
+    elif edges and edges[0] * edges[1] > edge * edge:
+        yield Notice(
+            f"size {request.size}: a gif of {frames} frames was refused above {edge}x{edge}; the "
+            "API decides"
+        )
+
+
 def check_format(request: ImageRequest, options: RunOptions) -> Iterator[str]:
     """Check that the output format can do what else is asked for."""
     asked = FORMATS.get(request.output_format)
@@ -2381,6 +2590,9 @@ def check_format(request: ImageRequest, options: RunOptions) -> Iterator[str]:
         if given and not getattr(asked, ability):
             able = [name for name, row in FORMATS.items() if getattr(row, ability)]
             yield f"{what} needs output_format {' or '.join(able)}, not {request.output_format}"
+    wanted = options.downscale_format
+    if wanted is not None and wanted not in PICTURE_FORMATS:
+        yield f"--downscale-format {received(wanted)}: accepted are {listing(PICTURE_FORMATS)}"
     if options.downscale_max_dim is not None and not asked.downscales:
         yield f"--downscale-max-dim: {request.output_format} has no pixels to downscale"
     if asked.max_n < request.n <= MAX_N:
@@ -2405,8 +2617,15 @@ def check_abilities(request: ImageRequest, family: ModelFamily) -> Iterator[str]
         if not able(family):
             models = models_with(able)
             yield refusal + (f"; models with it: {models}" if models else "")
-    if request.background == "transparent" and not family.transparent:
-        models = models_with(lambda row: row.transparent)
+    if request.background == "transparent" and (
+        family.transparent is None or model_family(model) is None
+    ):
+        yield Notice(
+            f"background transparent: {model} is not known to have it; look at the alpha of what "
+            "comes (remove_chroma_key.py --inspect)"
+        )
+    elif request.background == "transparent" and not family.transparent:
+        models = models_with(lambda row: row.transparent is not False)
         yield (
             f"background transparent is not supported by {model}; use a --model that has it "
             f"({models}), or ask for a flat key colour and cut it out with remove_chroma_key.py"
@@ -2432,7 +2651,7 @@ def check_fidelity(request: ImageRequest, family: ModelFamily) -> Iterator[str]:
 def check_model(request: ImageRequest) -> Iterator[str]:
     """Check the model, and what its family can do."""
     model = request.model
-    if not re.fullmatch(r"gpt-image-[0-9A-Za-z][0-9A-Za-z._:-]*", model):
+    if not re.fullmatch(r"([\w.-]+/)*gpt-image-[0-9A-Za-z][0-9A-Za-z._:-]*", model):
         yield (
             f"model {received(model)} is no GPT Image model; "
             f"use one whose name begins with gpt-image-, e.g. {DEFAULT_MODEL}"
@@ -2445,14 +2664,17 @@ def check_model(request: ImageRequest) -> Iterator[str]:
             f"model {model} is not known here; it is checked by the rules of {family.prefix}, and "
             "the API decides"
         )
-    elif model == family.prefix and family.variants:
+    elif model.rpartition("/")[2] == family.prefix and family.variants:
         yield Notice(f"model {model} is a family; its models are {listing(family.models)}")
     days = days_left(family)
     if days < SHUT_DOWN_NOTICE_DAYS:
         ends = "was shut down on" if days < 0 else "shuts down on"
-        yield Notice(f"model {model} {ends} {family.shut_down}; use {SUCCESSORS}")
+        successors = listing(name for row in MODEL_FAMILIES for name in row.models if row.variants)
+        yield Notice(f"model {model} {ends} {family.shut_down}; use one of {successors}")
     yield from check_abilities(request, family)
-    if request.size != "match":  # which the first image would have decided
+    if request.output_format == "gif" and not family.sizes:
+        yield from check_gif_size(request)
+    elif request.size != "match":  # which the first image would have decided
         yield from check_size(request, family)
     yield from check_fidelity(request, family)
 
@@ -3957,7 +4179,16 @@ def differences(request: ImageRequest, picture: Picture) -> Iterator[str]:
     if request.size not in ("auto", picture.size) and picture.format != "svg":
         yield f"asked for {request.size}, got {picture.size}"
     if request.background == "transparent" and not picture.alpha:
-        yield "asked for a transparent background, got an image without alpha"
+        yield "asked for a transparent background, got an image that is opaque everywhere"
+
+
+def is_opaque(content: bytes) -> bool:
+    """Tell whether no pixel of an image is transparent, where Pillow is there to say so."""
+    if not has_pillow():
+        return False
+    with suppress(Exception), Image.open(io.BytesIO(content)) as picture:
+        return picture.convert("RGBA").getchannel("A").getextrema() == (255, 255)
+    return False
 
 
 def scaled_size(width: int, height: int, max_dim: int) -> tuple[int, int]:
@@ -3991,14 +4222,15 @@ def encoded_picture(picture: Image.Image, kind: str, **options: Any) -> bytes:  
     return buffer.getvalue()
 
 
-def downscale(content: bytes, original: Saved, max_dim: int) -> bytes:
-    """Return a copy whose longer edge is at most max_dim, in the same format.
+def downscale(content: bytes, original: Saved, max_dim: int, kind: str = "") -> bytes:
+    """Return a copy whose longer edge is at most max_dim, in its own format or another one.
 
     An image that is small enough is returned as it is. Frames of a GIF that look the same become
     one, which is shown as long.
     Raises what Pillow raises for an image that it cannot read, a ValueError for one too large.
     """
-    if max(original.width, original.height) <= max_dim:
+    kind = original.format if original.format == "gif" else kind or original.format
+    if max(original.width, original.height) <= max_dim and original.format == kind:
         return content
     if original.width * original.height > MAX_COPY_PIXELS:
         raise ValueError(
@@ -4021,16 +4253,16 @@ def downscale(content: bytes, original: Saved, max_dim: int) -> bytes:
         else:
             ImageOps.exif_transpose(source, in_place=True)
             copy = scaled(source, max_dim)
-    if original.format == "jpeg":
+    if kind == "jpeg":
         if copy.mode in ("LA", "RGBA"):
             white = Image.new("RGBA", copy.size, "white")
             copy = Image.alpha_composite(white, copy.convert("RGBA")).convert("RGB")
         options["quality"] = COPY_QUALITY
-    elif original.format == "webp":
+    elif kind == "webp":
         options |= {"quality": COPY_QUALITY, "exact": True}
-    elif original.format == "png":
+    elif kind == "png":
         options["compress_level"] = COPY_LEVEL
-    return encoded_picture(copy, original.format, **options)
+    return encoded_picture(copy, kind, **options)
 
 
 # The kept picture: the input where the mask protects it, the answer where it edits, and between
@@ -4393,6 +4625,8 @@ def save_image(
             name = give_name(temporary, output, request, names, note and note.about(content))
     except OSError as error:
         raise unwritten(target, content, error) from None
+    if request.background == "transparent" and is_opaque(content):
+        picture = picture._replace(alpha=False)
     saved = Saved(name, len(content), picture.width, picture.height, picture.format, picture.alpha)
     return saved, [f"{name}: {surprise}" for surprise in differences(request, picture)]
 
@@ -4556,8 +4790,12 @@ def save_derived(
             return there
         with open(original.path, "rb") as file:
             content = file.read()
+        converts = name_format(name) != name_format(original.path)
+        kind = name_format(name) if converts else original.format
         made = (
-            downscale(content, original, max_dim) if is_copy_of else keep_unmasked(content, request)
+            downscale(content, original, max_dim, kind or "")
+            if is_copy_of
+            else keep_unmasked(content, request)
         )
         return saved_file(write_file(name, made, replace=derived.replace))
     except Exception as error:  # noqa: BLE001 - Pillow meets damage with many kinds
@@ -4961,6 +5199,53 @@ def thumbnail_of(image: Saved, edge: int) -> Image.Image | None:
     return picture
 
 
+# Where the fonts of many scripts are, on systems without fontconfig.
+SYSTEM_FONTS = (
+    "/System/Library/Fonts/Supplemental/Arial Unicode.ttf",
+    "/System/Library/Fonts/PingFang.ttc",
+    "C:/Windows/Fonts/arialuni.ttf",
+    "C:/Windows/Fonts/msyh.ttc",
+    "C:/Windows/Fonts/seguisym.ttf",
+)
+CAPTION_PIXELS = 12
+
+
+class Captions:
+    """The fonts of a contact sheet: Pillow's own, and for what it lacks, those of the system."""
+
+    def __init__(self) -> None:
+        self.fonts: list[Any] = [ImageFont.load_default(CAPTION_PIXELS)]
+
+    def lacks(self, font: Any, text: str) -> list[str]:  # noqa: ANN401
+        """Return the characters that a font draws as it draws what does not exist."""
+        nothing = bytes(font.getmask("\U0010fffe"))
+        seen = (c for c in dict.fromkeys(text) if not c.isspace())
+        return [c for c in seen if bytes(font.getmask(c)) == nothing]
+
+    def font_files(self, characters: Sequence[str]) -> Iterator[str]:
+        """Yield files that may have characters."""
+        codes = " ".join(f"{ord(c):x}" for c in characters)
+        with suppress(OSError, subprocess.SubprocessError):
+            command = ["fc-match", "--format=%{file}", f":charset={codes}"]
+            yield subprocess.run(command, capture_output=True, text=True, timeout=5).stdout
+        yield from SYSTEM_FONTS
+
+    def choose(self, text: str) -> tuple[str, Any]:
+        """Return a text with the font that can draw it, else one that shows escapes."""
+        for font in self.fonts:
+            if not self.lacks(font, text):
+                return text, font
+        missing = self.lacks(self.fonts[0], text)
+        for name in self.font_files(missing):
+            with suppress(OSError):
+                font = ImageFont.truetype(name, CAPTION_PIXELS)
+                if not self.lacks(font, text):
+                    self.fonts.append(font)
+                    return text, font
+        shown = (c.encode("unicode_escape").decode() if c in missing else c for c in text)
+        return "".join(shown), self.fonts[0]
+
+
 def contact_sheet(outcomes: Sequence[Outcome], suffix_format: str) -> bytes:
     """Draw labelled thumbnails of all images, in job order; jobs without an image are marked."""
     cells: list[tuple[Outcome, Saved | None]] = []
@@ -4973,7 +5258,7 @@ def contact_sheet(outcomes: Sequence[Outcome], suffix_format: str) -> bytes:
     size = (columns * (edge + gap) + gap, rows * (edge + label + gap) + gap)
     sheet = Image.new("RGB", size, "#f4f4f4")
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(12)
+    captions = Captions()
     for position, (outcome, image) in enumerate(cells):
         left = gap + position % columns * (edge + gap)
         top = gap + position // columns * (edge + label + gap)
@@ -4984,9 +5269,9 @@ def contact_sheet(outcomes: Sequence[Outcome], suffix_format: str) -> bytes:
         else:
             state = "no preview" if image else outcome.status.replace("_", " ")
             draw.rectangle((left, top, left + edge, top + edge), "#ffe5e5", "#c00000")
-            draw.text((left + 8, top + 8), state, "#c00000", font)
+            draw.text((left + 8, top + 8), state, "#c00000", captions.fonts[0])
         name = os.path.basename(image.path) if image else outcome.job.request.title
-        caption = one_line(f"{outcome.job.number} {name[:80]}")
+        caption, font = captions.choose(one_line(f"{outcome.job.number} {name[:80]}"))
         while draw.textlength(caption, font) > edge and len(caption) > 1:
             caption = caption[:-2] + "…"
         draw.text((left, top + edge + 3), caption, "#202020", font)
@@ -7072,6 +7357,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    if argv is None and not sys.getfilesystemencoding().startswith("utf"):  # names would fail
+        again = [sys.executable, "-X", "utf8", *sys.orig_argv[1:]]
+        os.execv(sys.executable, again)  # noqa: S606 - itself
     words = sys.argv[1:] if argv is None else argv
     try:
         parser = build_parser(words[0] if words and words[0] in COMMANDS else None)

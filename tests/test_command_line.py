@@ -25,11 +25,12 @@ SHARED_FLAGS = [
     *("--use-case", "--scene", "--subject", "--style", "--composition", "--lighting"),
     *("--palette", "--materials", "--text", "--constraints", "--negative"),
     *("--out-dir", "--downscale-max-dim", "--downscale-suffix", "--force", "--skip-existing"),
+    *("--downscale-format", "--contact-sheet", "--max-cost"),
     *("--dry-run", "--json", "--quiet", "--max-attempts", "--timeout", "--max-wait"),
 ]
 SINGLE_FLAGS = ["--prompt", "--prompt-file", "--out"]
-EDIT_FLAGS = ["--image", "--mask", "--input-fidelity"]
-BATCH_FLAGS = ["--input", "--concurrency", "--fail-fast", "--contact-sheet"]
+EDIT_FLAGS = ["--image", "--mask", "--mask-edits", "--keep-unmasked", "--input-fidelity"]
+BATCH_FLAGS = ["--input", "--concurrency", "--fail-fast", "--only", "--remake"]
 COMMANDS = ["generate", "edit", "generate-batch"]
 GENERATE = ("generate", "--prompt", "a fox", "--dry-run")
 

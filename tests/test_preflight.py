@@ -131,7 +131,7 @@ NOTES: Json = {**ROOM, "model": FLARE, "markup": "notes.png"}
 REFUSED: dict[str, tuple[Json, str]] = {
     "complexity": ({"complexity": "max"}, 'complexity "max": accepted are low, medium, hi'),
     "frames of a png": ({"frame_count": 4}, "frame_count needs output_format gif, not png"),
-    "time of a png": ({"frame_duration_ms": 9}, "frame_duration_ms needs output_format gi"),
+    "time of a png": ({"frame_duration_ms": 90}, "frame_duration_ms needs output_format gi"),
     "gif drafts": ({**GIF, "partial_images": 1}, "partial_images needs output_format png"),
     "gif lossy": ({**GIF, "output_compression": 9}, "output_compression needs output_form"),
     "gif clear": ({**GIF, "background": "transparent"}, "background transparent needs out"),

@@ -1,0 +1,401 @@
+"""What a newcomer or an agent does at the first try: other files, other flags, other names."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from subprocess import run as shell_run
+from typing import TYPE_CHECKING
+
+import dry
+import image_gen
+import live
+import pytest
+from cli import SCRIPTS, finished
+from images_api import image_bytes
+from inputs import FLARE, encoded, picture
+from PIL import Image
+
+if TYPE_CHECKING:
+    from cli import Run
+    from images_api import ImagesAPI
+    from inputs import Job
+
+RED, BLUE = "A red kite", "A blue kite, with a long tail"
+
+
+def shown(run: Run, content: str | bytes, name: str = "jobs.txt") -> list[str]:
+    """The prompts of a dry run of a file, without their label."""
+    data = content if isinstance(content, bytes) else content.encode()
+    Path(name).write_bytes(data)
+    argv = ("generate-batch", "--input", name, "--out-dir", "out", "--dry-run", "--json")
+    result = run(*argv, "--no-augment")
+    assert result.exit_code == 0, result.stderr
+    return [line["prompt"] for line in result.json_lines]
+
+
+def refusal(run: Run, content: str | bytes, name: str = "jobs.txt") -> str:
+    """The one line that refuses a file."""
+    data = content if isinstance(content, bytes) else content.encode()
+    Path(name).write_bytes(data)
+    return dry.problem(run("generate-batch", "--input", name, "--out-dir", "out", "--dry-run"))
+
+
+# Files that are no jobs
+
+FOREIGN = {
+    "CSV": [
+        f'prompt,size\n{RED},1024x1024\n"{BLUE}",1024x1024\n',
+        f'id;prompt\n1;{RED}\n2;"{BLUE}"\n',
+        f"name\tprompt\ta\nx\t{RED}\tb\ny\t{BLUE}\tb\n",
+        f"prompt\n{RED}\n{BLUE}\n",
+        f"Nr;Motiv;Ort\n1;{RED};Kiel\n2;{BLUE};Bern\n",
+    ],
+    "YAML": [
+        f"- prompt: {RED}\n  size: 1024x1024\n- prompt: {BLUE}\n",
+        f"---\nprompts:\n  - {RED}\n",
+        f"prompt: {RED}\nsize: 1024x1024\n",
+    ],
+    "a Markdown list": [
+        f"- {RED}\n- {BLUE}\n",
+        f"# Kites\n\n* {RED}\n* {BLUE}\n",
+        f"Here they are:\n\n1. {RED}\n2. {BLUE}\n3. An owl\n",
+        f"- 一只狐狸\n- {BLUE}\n",
+    ],
+    "a Markdown table": [f"| prompt | size |\n|---|---|\n| {RED} | auto |\n"],
+    "a JSON array": [
+        f'[\n  "{RED}",\n  "{BLUE}"\n]\n',
+        f'[\n{{"prompt": "{RED}"}}\n]\n',
+        f'[{{"prompt": "{RED}"}},\n {{"prompt": "{BLUE}"}}]\n',
+    ],
+    "JSON over several lines": [f'{{\n  "prompt": "{RED}",\n  "size": "auto"\n}}\n'],
+    "a code fence": [f'```jsonl\n{{"prompt": "{RED}"}}\n```\n', f"```\n{RED}\n```\n"],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [(kind, content) for kind, contents in FOREIGN.items() for content in contents],
+)
+def test_a_file_of_another_kind_is_refused_in_one_line_with_the_way_to_jsonl(
+    run: Run, kind: str, content: str
+) -> None:
+    said = refusal(run, content)
+    assert said.startswith(f"--input jobs.txt looks like {kind}; a job a line is wanted, ")
+    assert len(said) < 300
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        (kind, content)
+        for kind in FOREIGN
+        if kind not in {"YAML", "a Markdown table"}
+        for content in FOREIGN[kind]
+        if not content.startswith(("#", "Here", "Nr;", "id;", "name"))
+    ],
+)
+def test_the_way_to_jsonl_is_one(run: Run, kind: str, content: str) -> None:
+    """The command of the message, as a shell runs it."""
+    way = refusal(run, content, "my jobs.txt").partition("JSON object: ")[2]
+    way = way.replace("python -c", f"{sys.executable} -c")
+    made = way.rpartition("> ")[2]
+    ended = shell_run(["sh", "-c", way], check=False, capture_output=True, text=True)
+    assert ended.returncode == 0, (kind, ended.stderr)
+    prompts = shown(run, Path(made).read_bytes(), made)
+    assert prompts[0] in {RED, "一只狐狸"}
+    assert set(prompts) <= {RED, BLUE, "一只狐狸", "size"}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (f"{RED}\n{BLUE}\n".encode("utf-16"), "UTF-16; "),
+        (f"{RED}\n{BLUE}\n".encode("utf-16-le"), "UTF-16; "),
+        (encoded(Image.new("RGB", (64, 64))), "no text; "),
+        (encoded(Image.new("RGB", (64, 64)), "jpeg"), "no text; "),
+        (b"PK\x03\x04 a spreadsheet", "no text; "),
+    ],
+    ids=["utf-16", "utf-16 without a mark", "png", "jpeg", "xlsx"],
+)
+def test_a_file_that_is_no_utf_8_text_is_refused(run: Run, content: bytes, says: str) -> None:
+    assert refusal(run, content).startswith(f"--input jobs.txt looks like {says}")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["// not a comment", RED, BLUE],
+        ["3:1", RED],
+        ["- one kite alone"],
+        ["[noir] a man in the rain", "[noir] a dog, waiting]"],
+        ["fox,snow", "owl,night"],
+        ["A fox, an owl, a hare", "A red kite, dunes, wind", "Rain, a tram, gouache"],
+        ["prompt"],
+        ["Style: gouache. A tram stop", "An owl", "A hare"],
+        ['{"prompt": "a"}', '"b"', "c"],
+        ["1. one kite", RED, BLUE],
+        ["A table | of contents", "| odd", RED],
+        ["``a quoted word``", RED],
+    ],
+    ids=lambda lines: lines[0],
+)
+def test_odd_lines_stay_prompts(run: Run, lines: list[str]) -> None:
+    assert len(shown(run, "\n".join(lines))) == len(lines)
+
+
+@pytest.mark.parametrize("mark", ["\ufeff", "\u200b", "\u2060", "\ufeff\u200b \ufeff", "\u00ad"])
+def test_what_nobody_sees_is_dropped_at_the_start_of_every_line(run: Run, mark: str) -> None:
+    job = json.dumps({"prompt": RED})
+    assert shown(run, f"{mark}{job}\r\n{mark}{job}\r\n{mark}{BLUE}\r\n") == [RED, RED, BLUE]
+
+
+def test_jobs_come_from_standard_input_and_the_run_is_repeated_by_piping_again(
+    run: Run, api: ImagesAPI
+) -> None:
+    argv = ("generate-batch", "--input", "-", "--out-dir", "out")
+    assert run(*argv, stdin=b"a fox\n").exit_code == 0
+    again = run(*argv, "--skip-existing", stdin=b"a fox\nan owl\n")
+    assert (again.exit_code, len(api.requests)) == (0, 2)
+    assert "FILE" in dry.problem(run(*argv, "--dry-run", stdin=b"- a\n- b\n"))
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("一只红色的狐狸", "001-一只红色的狐狸.png"),
+        ("雪中的狐狸，水彩", "001-雪中的狐狸-水彩.png"),
+        ("Лиса в снегу", "001-лиса-в-снегу.png"),
+        ("बर्फ में लोमड़ी", "001-बर्फ-में-लोमड़ी.png"),
+        ("!!!", "001-job.png"),
+        ("🦊", "001-job.png"),
+        ("狐" * 90, f"001-{'狐' * 60}.png"),
+        ("𓃬" * 90, f"001-{'𓃬' * 45}.png"),
+        ("Fuchs 狐", "001-fuchs.png"),
+    ],
+)
+def test_a_prompt_of_another_script_has_a_name_that_tells(
+    run: Run, api: ImagesAPI, prompt: str, name: str
+) -> None:
+    assert run(*live.batch([prompt])).exit_code == 0
+    assert live.names() == [name]
+    assert run(*live.batch([prompt], "--skip-existing")).exit_code == 0
+    assert len(api.requests) == 1
+
+
+def test_a_contact_sheet_shows_what_the_font_lacks_as_escapes(
+    run: Run, api: ImagesAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(image_gen, "SYSTEM_FONTS", ())
+    captions = image_gen.Captions()
+    text, font = captions.choose("1 狐.png")
+    assert (text, font) == ("1 \\u72d0.png", captions.fonts[0])
+    assert captions.choose("1 Foxes.png")[0] == "1 Foxes.png"
+    assert run(*live.batch(["狐", "a fox"], "--contact-sheet", "sheet.png")).exit_code == 0
+    assert len(api.requests) == 2
+
+
+def test_a_font_of_the_system_is_taken_where_it_has_the_characters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Any font file will do here: Pillow's own stands for that of the system."""
+    monkeypatch.setenv("PATH", "")
+    captions = image_gen.Captions()
+    own = captions.fonts[0]
+    lacks = captions.lacks
+    monkeypatch.setattr(
+        captions, "lacks", lambda font, text: lacks(font, text) if font is own else []
+    )
+    Path("system.ttf").write_bytes(own.font_bytes)
+    monkeypatch.setattr(image_gen, "SYSTEM_FONTS", ("nowhere.ttf", "system.ttf"))
+    text, font = captions.choose("狐")
+    assert (text, font is own) == ("狐", False)
+    assert captions.choose("狸")[1] is font
+
+
+def test_a_name_works_where_the_locale_is_ascii(api: ImagesAPI) -> None:
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = [
+        sys.executable,
+        str(SCRIPTS / "image_gen.py"),
+        *live.generate(prompt="füchse", out="狐.png"),
+    ]
+    ended = finished(words, env=env)
+    assert ended.exit_code == 0, ended.stderr
+    assert Path("狐.png").exists()
+    assert api.requests[0].prompt.endswith("füchse")
+
+
+# Flags
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "says"),
+    [
+        ("generate", ["--format", "png"], 'unknown "--format": did you mean --output-format?'),
+        ("generate", ["--output", "a.png"], 'unknown "--output": did you mean --out?'),
+        ("generate", ["--width=512"], 'unknown "--width=512": did you mean --size?'),
+        ("generate", ["--seed", "1"], 'unknown "--seed": the API has no seed; '),
+        ("generate", ["--images", "2"], 'unknown "--images": did you mean --n?'),
+        ("edit", ["--images", "a.png"], 'unknown "--images": did you mean --image?'),
+        ("generate", ["a fox"], 'unknown "a fox": did you mean --prompt?'),
+        ("generate", ["--qualty", "low"], 'unknown "--qualty": did you mean --quality?'),
+        ("generate", ["--negative_prompt", "x"], "did you mean --negative?"),
+        ("generate-batch", ["--output", "x"], "did you mean --out-dir?"),
+        ("generate-batch", ["jobs.jsonl"], "did you mean --input?"),
+    ],
+)
+def test_a_flag_that_is_nearly_right_is_told_the_right_one(
+    run: Run, command: str, words: list[str], says: str
+) -> None:
+    picture("a.png")
+    given = {
+        "generate": ["--prompt", "x"],
+        "edit": ["--prompt", "x", "--image", "a.png"],
+        "generate-batch": ["--input", "j", "--out-dir", "o"],
+    }
+    problem = dry.problem(run(command, *given[command], *words))
+    assert says in problem
+    assert problem.endswith(f" {command} --help lists what is accepted)")
+
+
+def test_a_flag_that_nobody_knows_is_refused_without_a_guess(run: Run) -> None:
+    problem = dry.problem(run("generate", "--prompt", "x", "--zzzzqqqq"))
+    assert problem.startswith('unknown "--zzzzqqqq": (')
+
+
+@pytest.mark.parametrize("command", list(image_gen.COMMANDS))
+def test_help_is_one_page_that_begins_with_what_is_used_most(run: Run, command: str) -> None:
+    page = run(command, "--help").stdout.splitlines()
+    assert len(page) <= 110
+    assert max(map(len, page)) <= 105
+    first = {"generate": "--prompt", "edit": "--prompt", "generate-batch": "--input"}[command]
+    assert any(first in line for line in page[:10])
+
+
+def test_help_of_a_batch_lists_the_keys_of_a_line(run: Run) -> None:
+    page = run("generate-batch", "--help").stdout
+    listed = page.partition("keys of a JSON object")[2].partition("exit codes")[0]
+    keys = set(listed.replace(",", " ").split())
+    assert set(image_gen.JOB_KEYS) <= keys
+
+
+@pytest.mark.parametrize("flags", [("--out", "-"), ("--out-dir", "-"), ("--contact-sheet", "-")])
+def test_standard_output_is_no_place_for_an_image(run: Run, flags: tuple[str, ...]) -> None:
+    problem = dry.problem(run("generate", "--prompt", "x", *flags, "--dry-run"))
+    assert "cannot be standard output, which names files; give a name" in problem
+
+
+# Models
+
+
+@pytest.mark.parametrize("model", ["openai/gpt-image-2", "azure/openai/gpt-image-2"])
+def test_a_vendor_may_stand_before_a_model(run: Run, model: str) -> None:
+    result = dry.generate(run, "--model", model, "--size", "1024x1024")
+    assert (dry.document(result)["model"], dry.warnings(result)) == (model, [])
+    assert result.stderr.startswith("about $0.053 for 1 image")
+    refused = dry.generate(run, "--model", model, "--background", "transparent")
+    assert "is not supported by" in dry.problem(refused)
+
+
+def test_a_model_that_ends_is_told_all_that_follow_it(run: Run) -> None:
+    (said,) = dry.warnings(dry.generate(run, "--model", "gpt-image-1"))
+    assert "gpt-image-2.6-sunburst, gpt-image-2.6-flare, gpt-image-2.5-sunburst" in said
+
+
+@pytest.mark.parametrize(
+    ("model", "warned"), [("gpt-image-2.6-flare", True), ("gpt-image-3", True), (FLARE, False)]
+)
+def test_transparency_is_warned_of_where_a_model_is_not_known_to_have_it(
+    run: Run, model: str, *, warned: bool
+) -> None:
+    result = dry.generate(run, "--model", model, "--background", "transparent")
+    assert any("is not known to have it" in said for said in dry.warnings(result)) == warned
+
+
+@pytest.mark.parametrize(
+    ("size", "frames", "warned"),
+    [
+        ("480x480", 9, False),
+        ("960x960", 9, False),
+        ("1024x1024", 9, True),
+        ("816x816", 12, False),
+        ("960x960", 12, True),
+        ("720x720", 16, False),
+        ("736x736", 16, True),
+        ("auto", 9, False),
+    ],
+)
+def test_a_gif_has_no_size_rule_of_ours(run: Run, size: str, frames: int, *, warned: bool) -> None:
+    gif = ("--model", FLARE, "--output-format", "gif")
+    result = dry.generate(run, *gif, "--size", size, "--frame-count", str(frames))
+    assert any("was refused above" in said for said in dry.warnings(result)) == warned
+    assert dry.document(result)["size"] == size
+
+
+# Smaller things
+
+
+def test_variants_have_a_contact_sheet_too(run: Run, api: ImagesAPI) -> None:
+    flags = ("--n", "3", "--contact-sheet", "sheet.png")
+    assert run(*live.generate(*flags)).exit_code == 0
+    with Image.open("sheet.png") as sheet:
+        assert sheet.width > 500
+    assert len(api.requests) == 1
+
+
+@pytest.mark.parametrize("kind", ["webp", "jpeg", "jpg", "png"])
+def test_a_copy_may_have_a_format_of_its_own(run: Run, api: ImagesAPI, kind: str) -> None:
+    suffix = "jpg" if kind.startswith("jp") else kind
+    flags = ("--downscale-max-dim", "32", "--downscale-format", kind)
+    shown = dry.document(run(*live.generate(*flags, "--dry-run")))
+    assert shown["outputs_downscaled"] == [f"fox-web.{suffix}"]
+    result = run(*live.generate(*flags, "--json"))
+    (copy,) = result.json["outputs_downscaled"]
+    assert (copy["path"], copy["format"]) == (f"fox-web.{suffix}", dry_format(suffix))
+    before = Path(copy["path"]).stat().st_mtime_ns
+    assert run(*live.generate(*flags, "--skip-existing")).exit_code == 0
+    assert (Path(copy["path"]).stat().st_mtime_ns, len(api.requests)) == (before, 1)
+
+
+def dry_format(suffix: str) -> str:
+    return "jpeg" if suffix == "jpg" else suffix
+
+
+def test_a_small_image_is_converted_too(run: Run, api: ImagesAPI) -> None:
+    flags = ("--downscale-max-dim", "500", "--downscale-format", "webp")
+    assert run(*live.generate(*flags)).exit_code == 0
+    assert Path("fox-web.webp").read_bytes()[8:12] == b"WEBP"
+    assert live.size_of("fox-web.webp") == (64, 64)
+    assert len(api.requests) == 1
+
+
+@pytest.mark.parametrize("kind", ["gif", "svg", "bmp"])
+def test_a_copy_has_one_of_three_formats(run: Run, kind: str) -> None:
+    flags = ("--downscale-max-dim", "32", "--downscale-format", kind)
+    assert "accepted are png, jpeg, webp" in dry.problem(dry.generate(run, *flags))
+
+
+@pytest.mark.parametrize(("alpha", "found"), [(255, False), (254, True)])
+def test_an_alpha_that_is_opaque_everywhere_is_none(
+    run: Run, api: ImagesAPI, alpha: int, *, found: bool
+) -> None:
+    api.script(image_bytes(lambda _: encoded(Image.new("RGBA", (64, 64), (1, 2, 3, alpha)))))
+    flags = ("--model", FLARE, "--background", "transparent", "--json")
+    result = run(*live.generate(*flags))
+    (image,) = result.json["outputs"]
+    assert (result.exit_code, image["alpha"]) == (0, found)
+    assert ("an image that is opaque everywhere" in result.stderr) != found
+
+
+def test_a_batch_of_jobs_from_a_list_in_two_languages(run: Run, api: ImagesAPI) -> None:
+    jobs: list[Job] = ["一只狐狸", "Ein Fuchs im Schnee"]
+    assert run(*live.batch(jobs)).exit_code == 0
+    assert live.names() == ["001-一只狐狸.png", "002-ein-fuchs-im-schnee.png"]
+    assert len(api.requests) == 2
