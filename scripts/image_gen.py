@@ -140,6 +140,7 @@ if TYPE_CHECKING:
     from PIL import (
         ExifTags,
         Image,
+        ImageChops,
         ImageDraw,
         ImageFilter,
         ImageFont,
@@ -168,7 +169,7 @@ else:
     stat, subprocess, threading = map(Lazy, ("stat", "subprocess", "threading"))
     ExifTags, Image, ImageDraw = map(Lazy, ("PIL.ExifTags", "PIL.Image", "PIL.ImageDraw"))
     ImageFilter, ImageFont = map(Lazy, ("PIL.ImageFilter", "PIL.ImageFont"))
-    ImageOps = Lazy("PIL.ImageOps")
+    ImageChops, ImageOps = map(Lazy, ("PIL.ImageChops", "PIL.ImageOps"))
     ImageSequence, PngImagePlugin = map(Lazy, ("PIL.ImageSequence", "PIL.PngImagePlugin"))
 
 # The records are named tuples: importing dataclasses alone would double the time of a dry run.
@@ -294,6 +295,7 @@ class ModelFamily(NamedTuple):
 
 
 OLD_SIZES = ("1024x1024", "1536x1024", "1024x1536", "auto")
+USUAL_EDGES = ((1024, 1024), (1536, 1024), (1024, 1536))  # what auto often comes to
 QUALITIES = ("low", "medium", "high", "xhigh", "max", "auto")
 VARIANTS = ("sunburst", "flare")
 
@@ -678,7 +680,8 @@ class Derived(NamedTuple):
     """A file that is made of an image on disk."""
 
     path: str
-    kind: str  # "copy": downscaled; "kept": with the unmasked part of the input; "kept copy"
+    kind: Literal["copy", "kept"]  # downscaled; with the unmasked part of the input
+    of: str  # the path that was planned for what it is made of
     replace: bool = False  # whatever stands under the name
 
 
@@ -779,7 +782,7 @@ class Picture(NamedTuple):
     height: int
     alpha: bool
     whole: bool
-    turned: bool = False  # a photograph stored on its side
+    orientation: int = 1  # how it is stored, as EXIF has it
     tail: int = 0  # bytes behind its end
     active: bool = False  # an SVG that runs or loads something
     oddity: str = ""  # what the API takes badly: CMYK, more than 8 bits, an animation
@@ -792,7 +795,8 @@ class Picture(NamedTuple):
     @property
     def upright(self) -> Picture:
         """The picture as it is seen."""
-        return self._replace(width=self.height, height=self.width) if self.turned else self
+        on_its_side = self.orientation > 4
+        return self._replace(width=self.height, height=self.width) if on_its_side else self
 
 
 class Saved(NamedTuple):
@@ -999,23 +1003,7 @@ def elsewhere(usage: str, instead: str, command: str = "generate-batch") -> Opti
     def refuse(_value: object) -> NoReturn:
         raise argparse.ArgumentTypeError(f"is no option of {command}: {instead}")
 
-    return Option(usage, refuse, argparse.SUPPRESS)
-
-
-class EachItsFlag(argparse.Action):
-    """Collects what a flag that may be repeated is given, one value each time."""
-
-    def __call__(
-        self,
-        _parser: object,
-        into: argparse.Namespace,
-        values: Any,  # noqa: ANN401 - as its type says
-        _name: object = None,
-    ) -> None:
-        """Add a value, or refuse several at once."""
-        if len(values) > 1:
-            raise argparse.ArgumentError(self, f"repeat {self.option_strings[0]} for each file")
-        setattr(into, self.dest, [*getattr(into, self.dest, []), *values[0]])
+    return Option(usage, refuse, argparse.SUPPRESS, more={"nargs": "?", "const": ""})
 
 
 PROMPT = (
@@ -1027,9 +1015,11 @@ INPUTS = (
         "--image FILE",
         as_paths,
         f"an input image; up to {MAX_IMAGES}, the order is kept",
-        more={"action": EachItsFlag, "nargs": "+", "required": True},
+        more={"action": "extend", "required": True},
     ),
-    Option("--mask FILE", as_path, "a PNG with alpha: where it is 0, the first image is edited"),
+    Option(
+        "--mask FILE", as_path, "where it is transparent, the first image is edited; of its size"
+    ),
     Option(
         "--mask-edits PARTS",
         as_text,
@@ -1161,11 +1151,9 @@ BATCH = (
     elsewhere("--prompt", "write each prompt as a line of --input"),
     elsewhere("--prompt-file", "give that file as --input, a prompt a line"),
     elsewhere("--out", 'give --out-dir, and "out" in a job for its name'),
-    *(elsewhere(flag(key), f'write "{key}" into the jobs') for key in ("image", "mask", "markup")),
+    *(elsewhere(option.usage, f'write "{option.key}" into the jobs') for option in INPUTS),
 )
-FOR_EDITS = tuple(
-    elsewhere(f"{flag(key)} FILE", "use edit", "generate") for key in ("image", "mask", "markup")
-)
+FOR_EDITS = tuple(elsewhere(option.usage, "use edit", "generate") for option in INPUTS)
 BATCH_API = (
     Option(
         "--batch-api",
@@ -1325,8 +1313,10 @@ class Parser(argparse.ArgumentParser):
         meant = [each for each in MEANT.get(name, ()) if each in known]
         meant += difflib.get_close_matches(name, known, n=1)
         if not word.startswith("-"):
-            meant = [known[0]]  # --prompt, --input
+            meant = known[:1]  # --prompt, --input
         hint = f"did you mean {meant[0]}? " if meant else ""
+        if name_format(word) and "--image" in known:
+            hint = "repeat --image for each file "
         hint = "the API has no seed; make variants with --n " if name == "--seed" else hint
         return self.error(f"unknown {received(word)}: {hint}", parsed.command)
 
@@ -1348,7 +1338,7 @@ class Parser(argparse.ArgumentParser):
             if option.convert:
                 kind = {"type": option.convert, "metavar": metavar}
             default = str(option.default or DEFAULTS.get(option.key) or "").removesuffix(".0")
-            explanation = option.help + (f" (default: {default})" if default else "")
+            explanation = option.help + (f" (default: {default})" if default * option.shown else "")
             add = either.add_argument if option.exclusive else group.add_argument
             add(name, help=explanation, **{**kind, **option.more})
 
@@ -1697,36 +1687,37 @@ SVG_ACTIVE = re.compile(
 )
 
 
-def png_layout(file: BinaryIO) -> tuple[int, set[bytes], bool]:
-    """Walk the chunks to IEND; return its end (0: none), their kinds, and whether it is turned.
+def png_layout(file: BinaryIO) -> tuple[int, set[bytes], int]:
+    """Walk the chunks to IEND; return its end (0: none), their kinds, and the orientation.
 
     PNG specification, 5.3 and 11.3.
     """
-    at, kinds, turned = 8, set(), False
+    at, kinds, orientation = 8, set(), 1
     for _ in range(MAX_CHUNKS):
         file.seek(at)
         chunk = file.read(8)
         if len(chunk) < 8:
             break
-        kind = chunk[4:]
+        kind, length = chunk[4:], big_endian(chunk[:4])
         kinds.add(kind)
-        turned = turned or (kind == b"eXIf" and exif_turns(file.read(MAX_EXIF_BYTES)))
-        at += 12 + big_endian(chunk[:4])
+        if kind == b"eXIf":
+            orientation = exif_orientation(file.read(min(length, MAX_EXIF_BYTES)))
+        at += 12 + length
         if kind == b"IEND":
-            return at, kinds, turned
-    return 0, kinds, turned
+            return at, kinds, orientation
+    return 0, kinds, orientation
 
 
-def jpeg_layout(content: bytes) -> tuple[int, int, bool, int, str]:
-    """Walk the segments to EOI; return width, height, whether it is turned, the end, and oddities.
+def jpeg_layout(content: bytes) -> tuple[int, int, int, int, str]:
+    """Walk the segments to EOI; return width, height, orientation, the end, and an oddity.
 
     ITU T.81, B.1.1: FF00 is data, D0 to D7 stand inside of a scan, FF may be repeated.
     """
-    width, height, turned, at, oddity = 0, 0, False, 2, ""
+    width, height, orientation, at, oddity = 0, 0, 0, 2, ""
     while found := JPEG_MARKER.search(content, at):
         marker, at = found[1][0], found.end()
         if marker == 0xD9:
-            return width, height, turned, at, oddity
+            return width, height, orientation or 1, at, oddity
         length = big_endian(content[at : at + 2])
         if length < 2:
             break
@@ -1736,18 +1727,37 @@ def jpeg_layout(content: bytes) -> tuple[int, int, bool, int, str]:
             bits, channels = content[at + 2 : at + 3], content[at + 7 : at + 8]
             oddity = "CMYK" if channels == b"\4" else DEEP if bits > b"\x08" else ""
         elif marker == 0xE1 and content.startswith(b"Exif\0\0", at + 2):
-            turned = turned or exif_turns(content[at + 8 : at + length])
+            orientation = orientation or exif_orientation(content[at + 8 : at + length])
         at += length
-    return width, height, turned, 0, oddity
+    return width, height, orientation or 1, 0, oddity
 
 
-def exif_turns(tiff: bytes) -> bool:
-    """Tell whether the Orientation (tag 0x0112) of EXIF is 5 to 8, a quarter turn."""
-    tiff = tiff.removeprefix(b"Exif\0\0")
+def exif_orientation(tiff: bytes) -> int:
+    """Return the Orientation (tag 0x0112) of the first directory of EXIF; 1 if it has none.
+
+    TIFF 6.0, section 2: the directory's entries have 12 bytes, the value of a short at the eighth.
+    """
     order: Literal["little", "big"] = "little" if tiff[:2] == b"II" else "big"
-    tag, kind = (number.to_bytes(2, order) for number in (0x0112, 3))
-    found = re.search(re.escape(tag + kind) + rb".{4}(..)", tiff, re.DOTALL)
-    return found is not None and int.from_bytes(found[1], order) in range(5, 9)
+
+    def number(at: int, size: int = 2) -> int:
+        return int.from_bytes(tiff[at : at + size], order)
+
+    start = number(4, 4)
+    for at in range(start + 2, start + 2 + 12 * number(start), 12):
+        if number(at) == 0x0112:
+            return number(at + 8) if number(at + 8) in range(1, 9) else 1
+    return 1
+
+
+def webp_orientation(content: bytes) -> int:
+    """Return the Orientation of a WebP's EXIF; 1 if it has none (RFC 9649, section 2.3)."""
+    at = 12
+    while chunk := content[at : at + 8]:
+        length = little_endian(chunk[4:])
+        if chunk[:4] == b"EXIF":
+            return exif_orientation(content[at + 8 : at + 8 + length].removeprefix(b"Exif\0\0"))
+        at += 8 + length + length % 2
+    return 1
 
 
 def webp_size(head: bytes) -> tuple[int, int, bool]:
@@ -1813,23 +1823,23 @@ def probe(file: BinaryIO) -> Picture | None:
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     head = file.read(30).ljust(30, b"\0")
-    if size > MAX_ANSWER_BYTES:  # it would take long, and is nothing that was made or is taken
-        return None
-    width, height, turned, end, oddity = 0, 0, False, 0, ""
+    width, height, orientation, end, oddity = 0, 0, 1, 0, ""
     if head.startswith(b"\x89PNG\r\n\x1a\n") and head[12:16] == b"IHDR":
         kind, width, height = "png", big_endian(head[16:20]), big_endian(head[20:24])
-        end, chunks, turned = png_layout(file)
+        end, chunks, orientation = png_layout(file)
         alpha = b"tRNS" in chunks or head[25] in (4, 6)
         oddity = "animated" if b"acTL" in chunks else DEEP if head[24] > 8 else ""
+    elif size > MAX_ANSWER_BYTES:  # it would have to be read, and is nothing that was made
+        return None
     elif head.startswith(b"\xff\xd8\xff"):
         kind, alpha = "jpeg", False
-        width, height, turned, end, oddity = jpeg_layout(whole_of(file))
+        width, height, orientation, end, oddity = jpeg_layout(whole_of(file))
     elif head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         kind, end = "webp", little_endian(head[4:8]) + 8
         width, height, alpha = webp_size(head)
         extended = head[20] if head[12:16] == b"VP8X" else 0
         oddity = "animated" if extended & 2 else ""
-        turned = bool(extended & 8) and exif_turns(whole_of(file).rpartition(b"EXIF")[2][4:])
+        orientation = webp_orientation(whole_of(file)) if extended & 8 else 1
     elif head.startswith((b"GIF87a", b"GIF89a")):
         kind, width, height = "gif", little_endian(head[6:8]), little_endian(head[8:10])
         alpha, end = gif_layout(whole_of(file))
@@ -1839,7 +1849,7 @@ def probe(file: BinaryIO) -> Picture | None:
         return None
     whole = 0 < end <= size and width > 0
     tail = size - end if whole else 0
-    return Picture(kind, width, height, alpha, whole, turned=turned, tail=tail, oddity=oddity)
+    return Picture(kind, width, height, alpha, whole, orientation, tail, oddity=oddity)
 
 
 def probe_file(name: str) -> Picture | None:
@@ -1908,11 +1918,11 @@ def derived_of(path: str, request: ImageRequest, options: RunOptions) -> Iterato
     dashed = suffix if suffix.startswith(("-", "_")) else f"-{suffix}"
     copy_format = None if request.output_format == "gif" else options.downscale_format
     if options.downscale_max_dim is not None:
-        yield Derived(with_format(beside(path, dashed), copy_format), "copy")
+        yield Derived(with_format(beside(path, dashed), copy_format), "copy", path)
     if request.keep_unmasked:
-        yield Derived(kept, "kept")
+        yield Derived(kept, "kept", path)
     if request.keep_unmasked and options.downscale_max_dim is not None:
-        yield Derived(with_format(beside(kept, dashed), copy_format), "kept copy")
+        yield Derived(with_format(beside(kept, dashed), copy_format), "copy", kept)
 
 
 def output_at(path: str, planned: str, job: Job, options: RunOptions) -> Output:
@@ -2013,11 +2023,6 @@ def may_derive(name: str, existing: Existing, original: str | None = None) -> bo
     return existing == "replace" or (existing == "keep" and is_derived(name, original))
 
 
-def kept_path(output: Output) -> str | None:
-    """Return where the kept picture of an image lies, or will lie."""
-    return next((each.path for each in output.derived if each.kind == "kept"), None)
-
-
 def find_by_name(output: Output, kind: str) -> Output:
     """Say of an image that no manifest knows whether it is there, by its name and its bytes."""
     seen = probe_file(output.path)
@@ -2035,9 +2040,8 @@ def find_missing(job: Job, options: RunOptions, claims: Claims | None) -> Job:
             output = claims.find(job, planned, options)
         elif options.existing == "keep":
             output = find_by_name(planned, job.request.output_format)
-        originals = {"copy": output.path, "kept copy": kept_path(output)}
         derived = tuple(
-            each._replace(replace=may_derive(each.path, options.existing, originals.get(each.kind)))
+            each._replace(replace=may_derive(each.path, options.existing, each.of))
             for each in output.derived
         )
         replace = options.existing == "replace"
@@ -2430,8 +2434,6 @@ class MaskLook(NamedTuple):
     share: float  # of the picture that is edited: alpha below half
     least: int  # alpha, 0 to 255
     most: int
-    dark: float  # share of black pixels
-    bright: float  # share of white ones
 
 
 def has_pillow() -> bool:
@@ -2465,19 +2467,15 @@ def mask_alpha(path: str, mask_edits: str) -> Image.Image:
 @functools.cache
 def look_of_state(mask_edits: str, name: str, *_state: int) -> MaskLook | str:
     """Measure a mask, whose state says when that has to be done again; or say why not."""
+    picture = probe_file(name)
+    if picture is not None and picture.width * picture.height > MAX_COPY_PIXELS:
+        return f"it has more than {MAX_COPY_PIXELS:,} pixels"
     try:
-        alpha, grey = (mask_alpha(name, edits) for edits in (mask_edits, "black"))
+        alpha = mask_alpha(name, mask_edits)
     except Exception as error:  # noqa: BLE001 - Pillow meets damage with many kinds
         return one_line(error)
-    counts, greys, pixels = alpha.histogram(), grey.histogram(), alpha.width * alpha.height
-    least, most = alpha.getextrema()
-    return MaskLook(
-        sum(counts[:128]) / pixels,
-        cast("int", least),
-        cast("int", most),
-        sum(greys[:64]) / pixels,
-        sum(greys[192:]) / pixels,
-    )
+    least, most = (cast("int", value) for value in alpha.getextrema())
+    return MaskLook(sum(alpha.histogram()[:128]) / (alpha.width * alpha.height), least, most)
 
 
 def look_at_mask(request: ImageRequest) -> MaskLook | str:
@@ -2488,6 +2486,18 @@ def look_at_mask(request: ImageRequest) -> MaskLook | str:
         return look_of_state(request.mask_edits, *state_of(request.mask or ""))
     except OSError as error:
         return one_line(error)
+
+
+def mask_hint(request: ImageRequest) -> str:
+    """Say which --mask-edits fits a mask without alpha: its smaller part is likely to be meant."""
+    with suppress(Exception):
+        greys = mask_alpha(request.mask or "", "black").histogram()
+        shares = {"white": sum(greys[192:]) / sum(greys), "black": sum(greys[:64]) / sum(greys)}
+        part = min(shares, key=lambda name: shares[name])
+        if sum(shares.values()) > 0.9 and shares[part] > 0:
+            edits = f"{flag('mask_edits')} {part} edits {percent(shares[part])} of the image"
+            return f"it is black and white: {edits}"
+    return f"if its white or black parts are meant, add {flag('mask_edits')} white or black"
 
 
 @functools.lru_cache(maxsize=4)  # the jobs of a batch often have one
@@ -2512,8 +2522,8 @@ def shares_of(jobs: Iterable[Job]) -> str:
     if not shares:
         return ""
     span = " to ".join(dict.fromkeys(percent(share) for share in (shares[0], shares[-1])))
-    of = "the image" if len(shares) == 1 else f"the first image, in {counted(len(shares), 'job')}"
-    return f"masks: {span} of {of} will be edited"
+    jobs_said = f", in {counted(len(shares), 'job')}" if len(shares) > 1 else ""
+    return f"masks: {span} of the image will be edited{jobs_said}"
 
 
 # ── 8 · Preflight ─────────────────────────────────────────────────────────────────────────────────
@@ -2735,8 +2745,7 @@ def inspect_input(name: str) -> InputFile:
         with open(name, "rb") as file:
             picture = probe(file)
     except OSError as error:
-        several = "; repeat --image for each file" if "," in name else ""
-        return InputFile(name, f"cannot be read: {error.strerror or error}{several}")
+        return InputFile(name, f"cannot be read: {error.strerror or error}")
     if size >= MAX_IMAGE_BYTES:
         problem = f"has {size:,} bytes; it has to be smaller than {MAX_IMAGE_BYTES:,}"
     elif picture is not None and picture.format == "svg":
@@ -2757,7 +2766,8 @@ def check_inputs(request: ImageRequest, inspect: Callable[[str], InputFile]) -> 
     for name in request.image:
         file = inspect(name)
         if file.problem:
-            yield f"image {name} {file.problem}"
+            several = "; repeat --image for each file" if "," in name else ""
+            yield f"image {name} {file.problem}{several}"
         elif file.picture and not file.picture.whole:
             yield Notice(f"image {name} does not end as a {file.picture.format} does")
         elif file.picture and file.picture.oddity:
@@ -2790,6 +2800,8 @@ def check_overlay(
         wanted = upright if key == "markup" else stored
         size = overlay.picture.size
         doubtful = key == "mask" and size == upright.size
+        if doubtful and size == wanted.size and request.keep_unmasked and stored.orientation > 1:
+            yield Notice(f"{called} counts as drawn upright, the first image is stored turned")
         if size != wanted.size:
             finding = Notice if doubtful else str
             yield finding(f"{called} is {size}, the first image {wanted.size}; both need one size")
@@ -2809,19 +2821,18 @@ def check_mask(called: str, picture: Picture, request: ImageRequest) -> Iterator
     """Check that a mask edits something, and not all of the image."""
     look, part = look_at_mask(request), request.mask_edits
     by_alpha = part == MASK_EDITS[0]
-    hint = f"if its white or black parts are meant, add {flag('mask_edits')} white or black"
-    if isinstance(look, MaskLook) and look.dark + look.bright > 0.9:
-        fits = "white" if look.bright <= look.dark else "black"
-        hint = f"it is black and white: {flag('mask_edits')} {fits} edits "
-        hint += f"{percent(min(look.bright, look.dark))} of the image"
     if by_alpha and not picture.alpha:
-        yield f"{called} has no alpha channel, and what is transparent in it is edited; {hint}"
+        what = "has no alpha channel, and what is transparent in it is edited"
+        yield f"{called} {what}; {mask_hint(request)}"
     elif isinstance(look, str):
-        yield Notice(f"{called} is not measured: {look}")
-    elif look.least == 255:
-        what = f"opaque everywhere; {hint}" if by_alpha else f"nowhere {part}"
-        yield f"{called}: nothing would be edited, it is {what}"
-    elif look.least > 127:
+        finding = Notice if by_alpha or not has_pillow() else str
+        yield finding(f"{called} is not measured: {look}")
+    elif by_alpha and look.least == 255:
+        what = "nothing would be edited, it is opaque everywhere"
+        yield f"{called}: {what}; {mask_hint(request)}"
+    elif look.share == 0 and not (by_alpha and not request.keep_unmasked):
+        yield f"{called}: nothing would be edited, it is nowhere more than half {part}"
+    elif look.share == 0:
         yield Notice(f"{called} is nowhere more than half {part}: little may be edited")
     elif look.most == 0:
         yield Notice(f"{called} is {part} everywhere: all of the image will be edited")
@@ -2832,24 +2843,31 @@ def check_aspect(request: ImageRequest, inspect: Callable[[str], InputFile]) -> 
     stored = inspect(request.image[0]).picture if request.image else None
     if request.keep_unmasked and not (request.image and request.mask):
         yield "keep_unmasked needs an image and a mask: what the mask protects is kept"
+    if request.mask_edits != MASK_EDITS[0] and not request.mask:
+        yield f"mask_edits {received(request.mask_edits)}: give a mask with it"
     if request.size == "match" and not request.image:
         yield "size match is for edits: it is nearest to the first input image"
-    if stored is None:
+    if stored is None or (request.size != "auto" and not request.keep_unmasked):
         return
     picture, name = stored.upright, request.image[0]
-    family = model_family(request.model) or MODEL_FAMILIES[0]
-    match = f"{flag('size')} match asks for {nearest_size(picture, family.sizes)}"
-    usual = filter(None, map(edges_of, OLD_SIZES))
-    if request.size == "auto" and not any(fit(*each, picture) for each in usual):
-        yield Notice(f"size auto may have another aspect than {name} ({picture.size}); {match}")
-    if not request.keep_unmasked:
-        return
-    if (edges := edges_of(request.size)) and not fit(*edges, picture):
-        other = f"has another aspect than {name} ({picture.size})"
-        yield f"keep_unmasked: size {request.size} {other}; {match}"
-    if picture.oddity in ("CMYK", DEEP):
+    sizes = (model_family(request.model) or MODEL_FAMILIES[0]).sizes
+    nearest, edges = nearest_size(picture, sizes), edges_of(request.size)
+    asked = edges_of(nearest)
+    hint = f"{flag('size')} match asks for {nearest}"
+    if asked and not fit(*asked, picture):
+        model = " or take a model with free sizes" if sizes else ""
+        hint = f"no size of {request.model} has it, crop the input{model}"
+        edges = edges or asked  # auto would not fit either
+    other = f"has another aspect than {name} ({picture.size}); {hint}"
+    if edges and request.keep_unmasked and not fit(*edges, picture):
+        yield f"keep_unmasked: size {request.size} {other}"
+    elif request.size == "auto" and not any(fit(*each, picture) for each in USUAL_EDGES):
+        yield Notice(
+            f"size auto may come back in another aspect than {name} ({picture.size}); {hint}"
+        )
+    if request.keep_unmasked and picture.oddity in ("CMYK", DEEP):
         yield f"keep_unmasked: {name} is {picture.oddity}; convert it to RGB of 8 bits first"
-    if picture.width * picture.height > MAX_COPY_PIXELS:
+    if request.keep_unmasked and picture.width * picture.height > MAX_COPY_PIXELS:
         yield f"keep_unmasked: {name} has more than {MAX_COPY_PIXELS:,} pixels; give a smaller one"
 
 
@@ -2945,16 +2963,11 @@ STRANGERS = {
     "image": "is no whole {}; move it away, choose another name, or --force to replace it",
     "copy": "is no copy of this program's; give another --downscale-suffix, or move it away",
     "kept": "is no kept picture of this program's; move it away, or choose another name",
-    "kept copy": "is no copy of this program's; give another --downscale-suffix, or move it away",
     "sheet": "is no contact sheet of this program's; give another --contact-sheet, or move it away",
 }
 
 
-DERIVED = {
-    "copy": "downscaled copy",
-    "kept": "kept picture",
-    "kept copy": "downscaled copy of the kept picture",
-}
+DERIVED = {"copy": "downscaled copy", "kept": "kept picture"}
 
 
 def targets(plan: Plan) -> Iterator[Target]:
@@ -3192,7 +3205,7 @@ def document(job: Job) -> dict[str, Any]:
         **request.payload,
         "endpoint": request.endpoint,
         "outputs": [output.path for output in job.missing],
-        "outputs_downscaled": [each.path for each in derived if "copy" in each.kind] or None,
+        "outputs_downscaled": [each.path for each in derived if each.kind == "copy"] or None,
     }
     if request.keep_unmasked:
         shown["outputs_kept"] = [each.path for each in derived if each.kind == "kept"]
@@ -3688,8 +3701,8 @@ def file_part(stack: ExitStack, part: Part, name: str) -> tuple[str, BinaryIO, s
     if part.mask_edits != MASK_EDITS[0]:
         try:
             content = mask_of_state(part.mask_edits, *state_of(path))
-        except (ValueError, SyntaxError) as error:  # as Pillow meets damage
-            raise OSError(f"{path} is no image any more: {error}") from None
+        except Exception as error:  # noqa: BLE001 - Pillow meets damage with many kinds
+            raise OSError(f"{path} is no mask any more: {error}") from None
         return f"{name}.png", io.BytesIO(content), FORMATS["png"].content_type
     flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, os.O_RDONLY | flags)
@@ -3705,10 +3718,8 @@ def file_part(stack: ExitStack, part: Part, name: str) -> tuple[str, BinaryIO, s
 
 
 def sdk_arguments(request: ImageRequest, stack: ExitStack) -> dict[str, Any]:
-    """Return a request as the arguments of the SDK's method, with the files opened."""
+    """Return an edit as the arguments of the SDK's method, with the files opened."""
     arguments = request.payload
-    if not request.image:
-        return arguments
     extra = {key: arguments.pop(key) for key in EXTRA_BODY_KEYS if key in arguments}
     images = []
     for number, part in enumerate(request.parts, start=1):
@@ -3806,10 +3817,15 @@ class Channel:
     """The way to the API, which all requests of a run share: one client, one stop, one pace."""
 
     def __init__(
-        self, options: RunOptions, note: Callable[[str], None], on_pause: Callable[[float], None]
+        self,
+        options: RunOptions,
+        note: Callable[[str], None],
+        on_pause: Callable[[float], None],
+        workers: futures.Executor,
     ) -> None:
         self.options = options
         self.note = note
+        self.workers = workers
         self.halt = Halt()
         self.gate = RateGate(self.halt, options.max_wait, on_pause)
         self.budget = Budget(options, self.halt)
@@ -3834,6 +3850,10 @@ class Channel:
         except (ValueError, ImportError, OSError, httpx2.InvalidURL, openai.OpenAIError) as error:
             problem = "the HTTP client cannot be set up by the environment (proxies, certificates)"
             raise UsageError(f"{problem}: {one_line(error)}") from None
+
+    async def prepare(self, work: Callable[..., T], *arguments: object) -> T:
+        """Read and convert input files, in a thread: it may take seconds."""
+        return await asyncio.get_running_loop().run_in_executor(self.workers, work, *arguments)
 
     async def on_answer(self, response: httpx2.Response) -> None:
         """Take note of an answer's head."""
@@ -3871,10 +3891,13 @@ class Channel:
         try:
             with ExitStack() as stack:
                 try:
-                    arguments = sdk_arguments(request, stack)
+                    arguments = request.payload
+                    if request.image:
+                        arguments = await self.prepare(sdk_arguments, request, stack)
                 except OSError as error:  # it was there at preflight
                     message = f"an input image cannot be read any more: {one_line(error)}"
                     raise JobError(Failure("input", message)) from None
+                self.halt.check()
                 exchange.patience.begin()
                 async with asyncio.timeout(self.options.timeout), method(**arguments) as response:
                     exchange.request_id = response.headers.get("x-request-id")
@@ -4206,7 +4229,12 @@ def scaled(image: Image.Image, max_dim: int) -> Image.Image:
     return image.resize(scaled_size(*image.size, max_dim), Image.Resampling.LANCZOS)
 
 
-def encoded_picture(picture: Image.Image, kind: str, **options: Any) -> bytes:  # noqa: ANN401
+def encoded_picture(
+    picture: Image.Image,
+    kind: str,
+    made_of: str = "",
+    **options: Any,  # noqa: ANN401
+) -> bytes:
     """Return a picture that this program has made, with its mark, in an image format."""
     mark = DERIVED_MARK.decode()
     if kind == "gif":
@@ -4214,6 +4242,7 @@ def encoded_picture(picture: Image.Image, kind: str, **options: Any) -> bytes:  
     elif kind == "png":
         options["pnginfo"] = info = PngImagePlugin.PngInfo()
         info.add_text("Software", mark)
+        info.add_text("Source", made_of) if made_of else None
     else:
         options["exif"] = Image.Exif()
         options["exif"][ExifTags.Base.Software] = mark
@@ -4272,6 +4301,30 @@ def downscale(content: bytes, original: Saved, max_dim: int, kind: str = "") -> 
 #   share of the answer                  0    1/3   2/3    1
 
 
+# How a picture is set upright, by its EXIF.
+TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+
+
+def upright(image: Image.Image, orientation: int) -> Image.Image:
+    """Return an image as it is seen."""
+    name = TURNS.get(orientation)
+    return image.transpose(Image.Transpose[name]) if name else image
+
+
+def orientation_of(path: str) -> int:
+    """Return how a picture is stored."""
+    picture = probe_file(path)
+    return picture.orientation if picture else 1
+
+
 def seam(alpha: Image.Image) -> Image.Image:
     """Return how much of the answer a kept picture has, by the alpha of its mask; both mode L."""
     edited = alpha.point(lambda value: 255 * (value < 128))
@@ -4282,29 +4335,58 @@ def seam(alpha: Image.Image) -> Image.Image:
     return weight
 
 
-def keep_unmasked(content: bytes, request: ImageRequest) -> bytes:
+def blend(source: Image.Image, drawn: Image.Image, weight: Image.Image) -> Image.Image:
+    """Lay one picture over another of its size and mode, as much as a weight of mode L says.
+
+    In RGBA the colours that nobody sees do not bleed into the seam: they are premultiplied there,
+    and where the source is transparent, there is nothing to lead over from.
+    """
+    if source.mode == "RGB":
+        return Image.composite(drawn, source, weight)
+    seen = source.getchannel("A").point(lambda value: 255 * (value > 0))
+    edited = weight.point(lambda value: 255 * (value > 0))
+    weight = Image.composite(weight, edited, seen)
+    mixed = Image.composite(drawn.convert("RGBa"), source.convert("RGBa"), weight).convert("RGBA")
+    mixed = ImageChops.lighter(mixed, ImageChops.darker(source, drawn))
+    mixed = ImageChops.darker(mixed, ImageChops.lighter(source, drawn))
+    mixed.paste(source, mask=ImageOps.invert(edited))
+    mixed.paste(drawn, mask=weight.point(lambda value: 255 * (value == 255)))
+    return mixed
+
+
+def keep_unmasked(original: Saved, request: ImageRequest) -> bytes:
     """Return the first input image, upright, with an answer where the mask edits; as PNG.
 
     A mask that has the size of the upright picture is upright; any other lies as the picture is
-    stored. Raises what Pillow raises, a ValueError for an answer of another aspect.
+    stored. Raises what Pillow raises, a JobError for an answer of another aspect.
     """
-    with Image.open(request.image[0]) as stored, Image.open(io.BytesIO(content)) as answer:
-        orientation = stored.getexif().get(ExifTags.Base.Orientation, 1)
-        profile = stored.info.get("icc_profile")
-        source = ImageOps.exif_transpose(stored)
-        seen = Picture("", *source.size, alpha=False, whole=True)
-        if not fit(*answer.size, seen):
-            raise ValueError(f"the answer is {answer.width}x{answer.height}, the input {seen.size}")
+    path, mask = request.image[0], request.mask or ""
+    made_of = kept_digest(original, request)
+    orientation, own = orientation_of(path), orientation_of(mask)
+    with Image.open(path) as stored, Image.open(original.path) as answer:
+        source = upright(stored, orientation)
+        if not fit(*answer.size, Picture("", *source.size, alpha=False, whole=True)):
+            sizes = "the answer is {}x{}, the input {}x{}".format(*answer.size, *source.size)
+            message = f"no kept picture of {original.path} ({sizes}); the answer is there"
+            raise JobError(Failure("keep", message))
         alphas = source.has_transparency_data or answer.has_transparency_data
         mode = "RGBA" if alphas else "RGB"
         drawn = eight_bits(answer).convert(mode).resize(source.size, Image.Resampling.LANCZOS)
-    alpha = mask_alpha(request.mask or "", request.mask_edits)
+        profile = stored.info.get("icc_profile") or b""
+        source = source.convert(mode)
+    alpha = upright(mask_alpha(mask, request.mask_edits), own)
     if alpha.size != source.size:
-        alpha.getexif()[ExifTags.Base.Orientation] = orientation
-        alpha = ImageOps.exif_transpose(alpha)
-    kept = Image.composite(drawn, source.convert(mode), seam(alpha))
-    options = {"icc_profile": profile} if profile else {}
-    return encoded_picture(kept, "png", compress_level=COPY_LEVEL, **options)
+        alpha = upright(alpha, orientation)
+    fits = profile and profile[16:20] not in (b"GRAY", b"CMYK")  # the picture is RGB
+    options = {"compress_level": COPY_LEVEL, "icc_profile": profile if fits else None}
+    return encoded_picture(blend(source, drawn, seam(alpha)), "png", made_of, **options)
+
+
+def kept_digest(original: Saved, request: ImageRequest) -> str:
+    """Return a digest of all that a kept picture is made of. Raises OSError."""
+    names = (original.path, request.image[0], request.mask or "")
+    facts = (*map(file_digest, names), request.mask_edits)
+    return hashlib.sha256("\0".join(facts).encode()).hexdigest()
 
 
 # ── 12 · Write, and what is on disk ───────────────────────────────────────────────────────────────
@@ -4772,36 +4854,42 @@ def is_copy(copy: Saved | None, original: Saved, max_dim: int) -> bool:
 
 
 def is_kept(kept: Saved | None, original: Saved, request: ImageRequest) -> bool:
-    """Tell whether a file is the kept picture of an original: marked, and of what is there now."""
+    """Tell whether a file is the kept picture of an original, and of what else is there now."""
     if kept is None or not is_derived(kept.path):
         return False
-    sources = filter(os.path.exists, (original.path, request.image[0], request.mask or ""))
-    return os.path.getmtime(kept.path) >= max(map(os.path.getmtime, sources))
+    try:
+        made_of = kept_digest(original, request)
+    except OSError:  # an input is gone: it cannot be made again
+        return True
+    with open(kept.path, "rb") as file:
+        return made_of.encode() in file.read(MAX_MASK_BYTES)
 
 
 def save_derived(
     derived: Derived, original: Saved, request: ImageRequest, max_dim: int, *, remake: bool
-) -> Saved | None:
+) -> Saved:
     """Write what is made of an image that is on disk. Runs in a worker thread."""
-    name, is_copy_of = derived.path, derived.kind != "kept"
+    name, keeps = derived.path, derived.kind == "kept"
     try:
         there = None if remake else saved_file(name)
-        if is_copy(there, original, max_dim) if is_copy_of else is_kept(there, original, request):
+        fits = is_kept(there, original, request) if keeps else is_copy(there, original, max_dim)
+        if there and fits:
             return there
-        with open(original.path, "rb") as file:
-            content = file.read()
-        converts = name_format(name) != name_format(original.path)
-        kind = name_format(name) if converts else original.format
-        made = (
-            downscale(content, original, max_dim, kind or "")
-            if is_copy_of
-            else keep_unmasked(content, request)
-        )
-        return saved_file(write_file(name, made, replace=derived.replace))
-    except Exception as error:  # noqa: BLE001 - Pillow meets damage with many kinds
+        made = keep_unmasked(original, request) if keeps else b""
+        if not keeps:
+            converts = name_format(name) != name_format(original.path)
+            with open(original.path, "rb") as file:
+                kind = name_format(name) if converts else original.format
+                made = downscale(file.read(), original, max_dim, kind or "")
+        name = write_file(name, made, replace=derived.replace)
+        return saved_file(name) or Saved(name, len(made), 0, 0, "png", alpha=False)
+    except Exception as error:  # Pillow meets damage with many kinds
+        if remake and derived.replace and is_derived(name):  # of the former image
+            remove_files([name])
+        if isinstance(error, JobError):
+            raise
         message = f"{name}: no {DERIVED[derived.kind]} ({one_line(error)}); the original is kept"
-        failure = Failure("downscale", message) if is_copy_of else Failure("keep", message)
-        raise JobError(failure) from None
+        raise JobError(Failure("downscale", message)) from None
 
 
 def images_on_disk(job: Job, came: Mapping[str, Saved]) -> dict[str, Saved]:
@@ -4974,7 +5062,7 @@ CONDITIONS = {
     "max_cost": "with --max-cost ",  # and how much
     "address": "with another OPENAI_BASE_URL",
     "write": "with room on the disk",
-    "keep": "with a size that fits the input",
+    "keep": "with --size match or another size of the input's aspect",
     "bad_answer": "to pay for an answer once more",
 }
 STATUSES: tuple[Status, ...] = ("done", "skipped", "stale", "submitted", "not_sent", "failed")
@@ -5092,8 +5180,9 @@ class Report:
             again = "repeat the command with --skip-existing"
             if options.remake or resume:
                 again = "repeat the command"
-            if condition == CONDITIONS["stale"]:
-                again = "repeat the command with --remake"
+            in_batch = any(job.line for job in jobs)
+            if condition in (CONDITIONS["stale"], CONDITIONS["keep"]):
+                again = f"repeat the command with {'--remake' if in_batch else '--force'}"
             elif made_anew:  # the former images are there, and would be taken for these
                 numbers = ",".join(str(job.number) for job in jobs if job.line)
                 again = "repeat the command" + (f" with --only {numbers}" if numbers else "")
@@ -5301,10 +5390,11 @@ def write_contact_sheet(output: Output, outcomes: Sequence[Outcome], report: Rep
 #   backlog    jobs whose answer may wait for a worker (an open file each): 3 x --concurrency
 #   slots      requests on the wire: --concurrency
 #   savers     threads that decode and write originals; no paid image waits behind a copy,
-#   copiers    so these have threads of their own
+#   copiers    so these have threads of their own, and so have the
+#   converters of input files: no request waits behind a copy either
 
 
-WORKERS = min(16, os.cpu_count() or 1)  # threads that save, and as many that make copies
+WORKERS = min(16, os.cpu_count() or 1)  # threads that save, as many that make copies, or convert
 DESCRIPTORS = 16  # of the process, its event loop, a name look-up and a module that is loaded
 PROOF_BYTES = 64 * 1024
 
@@ -5317,14 +5407,12 @@ def manifest_of(plan: Plan, options: RunOptions) -> Manifest | None:
 class Run:
     """What the jobs of a run share."""
 
-    def __init__(
-        self, plan: Plan, report: Report, savers: futures.Executor, copiers: futures.Executor
-    ) -> None:
+    def __init__(self, plan: Plan, report: Report, *pools: futures.Executor) -> None:
         self.options = options = report.options
         self.report = report
         self.manifest = manifest_of(plan, options)
-        self.savers, self.copiers = savers, copiers
-        self.channel = Channel(options, report.note, report.paused)
+        self.savers, self.copiers, converters = pools
+        self.channel = Channel(options, report.note, report.paused, converters)
         self.halt = self.channel.halt
         self.clock = asyncio.get_running_loop().time
         self.slots = asyncio.Semaphore(options.concurrency)
@@ -5475,6 +5563,7 @@ async def deliver(job: Job, run: Run, exchange: Exchange) -> Delivery:
                 break
             await run.channel.recover(job, exchange, verdict._replace(failure=delivery.failure))
     except StoppedError as error:
+        run.channel.budget.settle(exchange, 0.0)
         if not (exchange.patience.attempts and exchange.sent):
             unbilled = error.failure._replace(maybe_billed=False)
             return Delivery(failure=unbilled, held_back=True)
@@ -5517,28 +5606,24 @@ async def make_copies(job: Job, delivery: Delivery, came: Container[str], run: R
     """Write what is made of the images and not there yet; a failure keeps the originals."""
     loop = asyncio.get_running_loop()
     max_dim, failure = run.options.downscale_max_dim or 0, delivery.failure
-    made: dict[str, list[Saved]] = {kind: [] for kind in DERIVED}
+    there, made = dict(delivery.images), {kind: list[Saved]() for kind in DERIVED}
     for output in job.outputs:
         remake = bool(output.source) or (output.path in came and not output.collected)
-        origins = {"copy": delivery.images.get(output.path)}
-        origins["kept"] = origins["copy"]
         for derived in output.derived:
-            original = origins.get(derived.kind)
-            if original is None or run.aborted:
+            if derived.of not in there or run.aborted:
                 continue
+            original = there[derived.of]
             write = functools.partial(
                 save_derived, derived, original, job.request, max_dim, remake=remake
             )
             try:
-                saved = await loop.run_in_executor(run.copiers, write)
+                there[derived.path] = await loop.run_in_executor(run.copiers, write)
+                made[derived.kind].append(there[derived.path])
             except JobError as error:
                 run.heed(job, error.failure)
                 failure = failure or error.failure
-                continue
-            made[derived.kind] += [saved] if saved else []
-            origins[f"{derived.kind} copy"] = saved
-    copies = (*made["copy"], *made["kept copy"])
-    return delivery._replace(kept=tuple(made["kept"]), copies=copies, failure=failure)
+    copies, kept = tuple(made["copy"]), tuple(made["kept"])
+    return delivery._replace(kept=kept, copies=copies, failure=failure)
 
 
 async def conclude(job: Job, delivery: Delivery, run: Run) -> Outcome:
@@ -5607,7 +5692,7 @@ def load_modules(plan: Plan) -> None:
     needed += [random, stat, tempfile]
     if plan.sheet is not None or any(output.derived for job in plan.jobs for output in job.outputs):
         needed += [ExifTags, Image, ImageDraw, ImageFilter, ImageFont, ImageOps, ImageSequence]
-        needed += [PngImagePlugin]
+        needed += [ImageChops, PngImagePlugin]
     try:
         for module in needed:
             getattr(module, "__name__")  # noqa: B009 - which loads it
@@ -5667,7 +5752,7 @@ async def start_threads(*pools: futures.Executor) -> None:
                 pool.submit(go_on.wait)
         await asyncio.get_running_loop().run_in_executor(None, go_on.is_set)  # for name look-ups
     except RuntimeError:
-        problem = f"no thread can be started, {2 * WORKERS + 1} are needed (ulimit -u, pids limit)"
+        problem = f"no thread can be started, {3 * WORKERS + 1} are needed (ulimit -u, pids limit)"
         raise UsageError(problem) from None
     finally:
         go_on.set()
@@ -5698,9 +5783,9 @@ async def running(plan: Plan, report: Report) -> AsyncIterator[Run]:
     load_modules(plan)
     prove_folders(plan, report.options)
     pool = functools.partial(futures.ThreadPoolExecutor, WORKERS)
-    with pool() as savers, pool() as copiers:
-        await start_threads(savers, copiers)
-        run = Run(plan, report, savers, copiers)
+    with pool() as savers, pool() as copiers, pool() as converters:
+        await start_threads(savers, copiers, converters)
+        run = Run(plan, report, savers, copiers, converters)
         for handler in logging.getLogger().handlers:
             handler.addFilter(blot)
         status = asyncio.create_task(keep_status())
@@ -6547,7 +6632,7 @@ class BatchClient:
     async def upload_input(self, part: Part) -> Any:  # noqa: ANN401
         """Upload an input image."""
         with ExitStack() as stack:
-            file = file_part(stack, part, "input")
+            file = await self.run.channel.prepare(file_part, stack, part, "input")
             return await self.api.files.with_raw_response.create(file=file, purpose="vision")
 
     async def upload_lines(self, shard: Shard) -> None:

@@ -121,8 +121,25 @@ def test_a_picture_that_lies_on_its_side_is_known(image_format: str, orientation
     exif[ExifTags.Base.Orientation] = orientation
     picture = probed(encoded(image_format, "RGB", (64, 32), exif=exif))
     assert picture is not None
-    assert (picture.turned, picture.size) == (orientation > 4, "64x32")
+    assert (picture.orientation, picture.size) == (orientation, "64x32")
     assert picture.upright.size == ("32x64" if orientation > 4 else "64x32")
+
+
+def test_only_the_orientation_of_the_picture_itself_counts() -> None:
+    """Not that of its thumbnail, and not letters in another chunk."""
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.IFD1)[ExifTags.Base.Orientation] = 6
+    for order in ("<", ">"):
+        exif.endian = order
+        picture = probed(encoded("JPEG", "RGB", (64, 32), exif=exif))
+        assert picture is not None
+        assert picture.orientation == 1
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 8
+    data = encoded("WEBP", "RGB", (64, 32), exif=turned, xmp=b"<x>EXIF and more EXIF text</x>")
+    picture = probed(data)
+    assert picture is not None
+    assert picture.orientation == 8
 
 
 def test_fill_bytes_before_a_marker_of_a_jpeg_are_skipped() -> None:
