@@ -68,7 +68,7 @@ from contextlib import (
 )
 from datetime import date, datetime, timezone
 from enum import Enum
-from itertools import chain, count
+from itertools import chain, count, pairwise
 from math import ceil, log
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -1187,21 +1187,36 @@ RUN = (
 )
 
 
-# What other programs call a flag of this one.
+# What other programs call a flag of this one, or why there is none.
 MEANT = {
-    "--format": ["--output-format"],
-    "--output": ["--out", "--out-dir"],
-    "-o": ["--out", "--out-dir"],
-    "--width": ["--size"],
-    "--height": ["--size"],
-    "--aspect-ratio": ["--size"],
-    "--images": ["--image", "--n"],
-    "--count": ["--n"],
-    "--num-images": ["--n"],
-    "--negative-prompt": ["--negative"],
-    "--overwrite": ["--force"],
-    "--resume": ["--skip-existing"],
-    "--file": ["--input", "--prompt-file"],
+    **dict.fromkeys(("--format", "--type"), ("--output-format",)),
+    **dict.fromkeys(("--output", "--out-file", "-o"), ("--out", "--out-dir")),
+    **dict.fromkeys(
+        (
+            "--width",
+            "--height",
+            "--resolution",
+            "--aspect",
+            "--aspect-ratio",
+            "--ar",
+            "--dimensions",
+        ),
+        ("--size",),
+    ),
+    **dict.fromkeys(("--count", "--num", "--number", "--num-images"), ("--n",)),
+    **dict.fromkeys(("--workers", "--parallel", "--threads", "--jobs"), ("--concurrency",)),
+    **dict.fromkeys(("--budget", "--max-price", "--cost"), ("--max-cost",)),
+    **dict.fromkeys(("--retries", "--max-retries"), ("--max-attempts",)),
+    **dict.fromkeys(("--transparent", "--alpha"), ("--background",)),
+    **dict.fromkeys(("--overwrite", "--yes", "-y", "-f"), ("--force",)),
+    **dict.fromkeys(("--resume", "--continue"), ("--skip-existing",)),
+    **dict.fromkeys(("--file", "-i"), ("--input", "--image", "--prompt-file")),
+    "--images": ("--image", "--n"),
+    "--negative-prompt": ("--negative",),
+    "-p": ("--prompt", "--input"),
+    "--seed": "the API has none; make variants with --n",
+    "--api-key": "set OPENAI_API_KEY in the environment",
+    "--key": "set OPENAI_API_KEY in the environment",
 }
 BATCH_KEYS = '\nkeys of a JSON object ("fields" may hold those of the last line):\n' + "".join(
     f"  {', '.join(keys)}\n"
@@ -1263,6 +1278,50 @@ SUMMARY, MANUAL = (__doc__ or "\n\n").split("\n\n", 1)
 EXIT_CODES = MANUAL[MANUAL.find("exit codes:") : MANUAL.find("\n\nThe file")]
 
 
+def options_of(command: str) -> list[Option]:
+    """Return the flags of a subcommand that its help lists."""
+    groups = COMMANDS[command].groups.values()
+    return [option for group in groups for option in group if option.shown]
+
+
+def guess(flag_name: str, command: str) -> str:
+    """Say which flag of a subcommand was probably meant, if one was."""
+    name = flag_name.lower().replace("_", "-")
+    known = [option.flag for option in options_of(command)]
+    told = MEANT.get(name, ())
+    if isinstance(told, str):
+        return told
+    begun = [each for each in known if each.startswith(name) and len(name) > 4]
+    alike = difflib.get_close_matches(name, set(known) - {"--force"}, n=1, cutoff=0.75)
+    meant = [*(each for each in told if each in known), *begun, *alike]
+    return f"did you mean {meant[0]}?" if meant else "no such flag"
+
+
+def check_words(words: Sequence[str], program: str) -> None:
+    """Refuse what argparse would refuse without a way on. Raises a UsageError."""
+    first = words[0] if words else "--help"
+    if first not in COMMANDS and first not in ("-h", "--help", "--version"):
+        close = difflib.get_close_matches(first, COMMANDS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = "; flags stand behind it" if first.startswith("-") else hint
+        said = redacted(first)[:40]
+        raise UsageError(f"the first word has to be {' or '.join(COMMANDS)}, not {said!r}{hint}")
+    if first in COMMANDS:
+        every = [option for group in COMMANDS[first].groups.values() for option in group]
+        valued = {option.flag for option in every if option.convert}
+        known = {*(option.flag for option in every), "-h", "--help", "--augment", "--no-augment"}
+        for before, word in pairwise(words):
+            name = word.partition("=")[0]
+            if (
+                word.startswith("-")
+                and len(word) > 1
+                and name not in known
+                and before not in valued
+            ):
+                page = f"{program} {first} --help lists what is accepted"
+                raise UsageError(f"unknown {received(name)}: {guess(name, first)} ({page})")
+
+
 class Arguments(argparse.Namespace):
     """The parsed command line; what is not given stays as it is here or in RunOptions."""
 
@@ -1304,21 +1363,13 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # noqa: ANN401
         """Parse the command line; what is not known is refused with what was probably meant."""
         parsed, unknown = self.parse_known_args(args, namespace)
-        if not unknown:
-            return parsed
-        groups = COMMANDS[parsed.command].groups.values()
-        known = [option.flag for group in groups for option in group if option.shown]
-        word = unknown[0]
-        name = word.partition("=")[0].replace("_", "-")
-        meant = [each for each in MEANT.get(name, ()) if each in known]
-        meant += difflib.get_close_matches(name, known, n=1)
-        if not word.startswith("-"):
-            meant = known[:1]  # --prompt, --input
-        hint = f"did you mean {meant[0]}? " if meant else ""
-        if name_format(word) and "--image" in known:
-            hint = "repeat --image for each file "
-        hint = "the API has no seed; make variants with --n " if name == "--seed" else hint
-        return self.error(f"unknown {received(word)}: {hint}", parsed.command)
+        if unknown:
+            word = unknown[0]
+            known = [option.flag for option in options_of(parsed.command)]
+            image = "--image" in known and name_format(word) is not None
+            hint = "repeat --image for each file" if image else f"did you mean {known[0]}?"
+            self.error(f"unknown {received(word)}: {hint}", parsed.command)
+        return parsed
 
     def error(self, message: str, command: str = "") -> NoReturn:
         """Raise instead of leaving the process."""
@@ -1524,84 +1575,145 @@ def job_lines(file: Iterable[bytes]) -> Iterator[tuple[int, str | UnicodeDecodeE
                 yield number, stripped
 
 
-# What a file may be that is no list of jobs, and the way to one; {} is its name.
-PYTHON_WAY = (
-    'python -c "import {0}, sys; [print(json.dumps({1})) for each in {2}]" < {3} > jobs.jsonl'
-)
+# What a file may be that is no list of jobs, and the command that makes one of it.
+ANY_JSON = '[print(json.dumps(e)) for e in (d if isinstance(d, list) else [d])]" < {} > {}'
 FOREIGN_FILES = {
-    "a code fence": "grep -v '^```' {} > jobs.jsonl",
-    "a JSON array": PYTHON_WAY.format("json", "each", "json.load(sys.stdin)", "{}"),
-    "JSON over several lines": "python -m json.tool --compact {} > jobs.jsonl",
-    "CSV": PYTHON_WAY.format(
-        "csv, json", "{{k: v for k, v in each.items() if v}}", "csv.DictReader(sys.stdin{})", "{}"
-    ),
-    "YAML": PYTHON_WAY.format("json, yaml", "each", "yaml.safe_load(sys.stdin)", "{}"),
-    "a Markdown list": "sed -E 's/^ *([-*+]|[0-9]+[.)]) +//' {} > jobs.txt",
+    "a code fence": "sed -n '/^ *```/,/^ *```/p; /^ *~~~/,/^ *~~~/p' {} | grep -Ev '```|~~~' > {}",
+    "JSON over several lines": 'python -c "import json; '
+    f"d = json.load(open(0, encoding='utf-8-sig')); {ANY_JSON}",
+    "CSV": 'python -c "import csv, json; [print(json.dumps({{k.strip().lower(): v for k, v in '
+    "r.items() if k and v}})) for r in csv.DictReader(open(0, encoding='utf-8-sig'), "
+    "delimiter='{separator}')]\" < {} > {}",
+    "YAML": f'with PyYAML: python -c "import json, yaml; d = yaml.safe_load(open(0)); {ANY_JSON}',
+    "a Markdown list": "sed -nE 's/^[[:space:]]*([-*+•]|[0-9]+[.)、．])[[:space:]]*"
+    "(\\[[ xX]\\] )?//p' {} > {}",
     "a Markdown table": "write its prompts into a file, one a line",
-    "UTF-16": "iconv -f UTF-16 -t UTF-8 {} > jobs.jsonl",
+    "HTML or XML": "write its prompts into a file, one a line",
+    "UTF-16 or UTF-32": "iconv -f {encoding} -t UTF-8 {} > {}",
+    "lines that end with CR": "tr '\\r' '\\n' < {} > {}",
     "no text": "give a file of prompts",
 }
-BINARY_BEGINS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"PK\x03\x04", b"%PDF", b"\x1f\x8b")
+BINARY = re.compile(
+    rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|RIFF.{4}WEBP|PK\x03\x04|%PDF-|\x1f\x8b", re.DOTALL
+)
+FENCE = re.compile(r"\s*(```|~~~)\w*$")
+BULLET = re.compile(r"\s*([-*+•]|\d{1,3}[.)])\s+\S|\s*[\d０-９]{1,3}[、．]")
+TABLE_RULE = re.compile(r"\|?\s*:?-{3,}:?\s*(\|\s*:?-{3,}:?\s*)+\|?$")
+YAML_KEY = re.compile(r"""\s*(- +)?["']?([A-Za-z_-]+)["']?:(\s|$)""")
+QUOTED_ROW = re.compile(r"""("([^"]|"")*"[,;\t|])+("([^"]|"")*"|[^"]*)$""")
+# Words by which the head of a table is known, whatever its language.
+TABLE_WORDS = re.compile(
+    r"prompt|text|descri|beschreib|caption|titel|title|motiv|^(file|datei)?name$|^(id|nr|no|size|image)$|"
+    "提示|描述|编号",
+    re.IGNORECASE,
+)
+SAMPLE = 2_000  # lines by which a file is judged, and bytes of each
 
 
 class Shape:
     """What a file looks like as a whole; one odd line proves nothing."""
 
-    def __init__(self, head: bytes) -> None:
-        self.head = head
-        self.first = self.last = ""
-        self.lines = self.listed = self.keyed = self.piped = self.open = self.split = 0
+    def __init__(self) -> None:
+        self.head = b""
+        self.lines: list[str] = []  # those that are not empty
 
-    def see(self, line: str) -> None:
-        """Count a line that holds a job, if it is one."""
-        self.first = self.first or line
-        self.last = line
-        self.lines += 1
-        self.listed += re.match(r"([-*+•]|\d{1,3}[.)])\s+\S", line) is not None
-        self.keyed += re.match(r"(- )?[a-z_]+:(\s|$)", line) is not None
-        self.piped += line.startswith("|") and line.endswith("|")
-        self.open += line.endswith(("[", "]", "{", "}", ","))
-        self.split += line.count(self.separator) >= self.first.count(self.separator) > 0
+    def read(self, file: Iterable[bytes]) -> Iterator[bytes]:
+        """Pass lines on, and remember how they look."""
+        for line in file:
+            self.head = self.head or line[:SAMPLE]
+            text = line[:SAMPLE].decode(errors="replace").lstrip("\ufeff\u200b").rstrip()
+            if text.strip() and len(self.lines) < SAMPLE:
+                self.lines.append(text)
+            yield line
+
+    @property
+    def encoding(self) -> str:
+        """Which UTF-16 it is, by its mark or by where its zero bytes are; empty if it is none."""
+        if self.head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+            return "UTF-32"
+        if self.head.startswith((b"\xff\xfe", b"\xfe\xff")):
+            return "UTF-16"
+        even, odd = self.head[::2].count(0), self.head[1::2].count(0)
+        if 4 * max(even, odd) < len(self.head):
+            return ""
+        return "UTF-16BE" if even > odd else "UTF-16LE"
 
     @property
     def separator(self) -> str:
         """What stands most often between the fields of the first line, were it a head."""
-        return max(";\t,", key=self.first.count)
+        return max(";\t|,", key=self.lines[0].count)
 
     @property
     def is_json(self) -> bool:
         """Whether it is one value of JSON, over several lines."""
-        begins = self.first in ("[", "{") or re.match(r"\[.*[\[,]$", self.first) is not None
-        return begins and self.last.endswith(("]", "}")) and self.open > 0.6 * self.lines > 0.6
+        first, last = self.lines[0], self.lines[-1]
+        begins = first == "{" or re.fullmatch(r"""\[\s*(["{\[].*[,\[{])?""", first) is not None
+        parts = sum(
+            line.endswith(("[", "]", "{", "}", ",")) or line.startswith(",") for line in self.lines
+        )
+        return begins and last.endswith(("]", "}")) and parts > 0.6 * len(self.lines)
 
     @property
-    def has_head(self) -> bool:
-        """Whether the first line can be the head of a table: bare words, known ones among them."""
-        fields = [field.strip('"').lower() for field in self.first.split(self.separator)]
-        words = all(re.fullmatch(r"\w[\w -]{0,30}", field) for field in fields)
-        known = any(
-            field.rstrip("s") in ("prompt", "text") or field in JOB_KEYS for field in fields
-        )
-        return words and (known or (len(fields) > 1 and self.separator != ","))
+    def is_csv(self) -> bool:
+        """Whether it is a table with separators: its head tells, or quotes around its fields."""
+        first, separator = self.lines[0], self.separator
+        fields = [field.strip(' "') for field in first.split(separator)]
+        if first.startswith(("sep=", "#,")) or first.strip(' "').lower() in ("prompt", "prompts"):
+            return True
+        quoted = sum(QUOTED_ROW.match(line) is not None for line in self.lines)
+        alike = sum(line.count(separator) >= len(fields) - 1 for line in self.lines[1:])
+        head = len(fields) > 1 and all(len(field) <= 30 for field in fields)
+        head = head and f"{separator} " not in first and any(map(TABLE_WORDS.search, fields))
+        return (head and 2 * alike >= len(self.lines) - 1) or quoted > 0.8 * len(self.lines)
+
+    @property
+    def is_yaml(self) -> bool:
+        """Whether it has keys of jobs, each in a line."""
+        found = [match for line in self.lines if (match := YAML_KEY.match(line))]
+        keys = {match[2].lower().replace("-", "_") for match in found}
+        first = re.fullmatch("---|(prompts|jobs):", self.lines[0]) is not None
+        told = first or any(match[1] for match in found) or len(found) > 0.6 * len(self.lines)
+        return told and bool(keys & {"prompt", "prompts", "jobs"})
+
+    @property
+    def is_list(self) -> bool:
+        """Whether it is a list of Markdown, with headings or a few sentences around it."""
+        bullets = sum(BULLET.match(line) is not None for line in self.lines)
+        headed = self.lines[0].startswith("#")
+        rest = [line for line in self.lines if not line.startswith(("#", " ", "\t"))]
+        return bullets >= (1 if headed else 2) and 2 * bullets >= len(rest)
 
     @property
     def foreign(self) -> str:
         """What it looks like, by FOREIGN_FILES; empty if it can be a list of jobs."""
+        if not self.lines:
+            return ""
+        several = len(self.lines) > 1
         found = {
-            "UTF-16": self.head.startswith((b"\xff\xfe", b"\xfe\xff"))
-            or self.head.count(0) * 4 > len(self.head),
-            "no text": self.head.startswith(BINARY_BEGINS),
-            "a code fence": self.first.startswith("```"),
-            "a JSON array": self.is_json and self.first.startswith("["),
-            "JSON over several lines": self.is_json,
-            "YAML": self.first == "---" or self.keyed > max(1, 0.8 * self.lines),
-            "a Markdown list": self.listed >= max(2, 0.5 * self.lines),
-            "a Markdown table": self.piped == self.lines > 1,
-            "CSV": self.lines > 1
-            and self.has_head
-            and (self.split > 0.8 * self.lines or self.separator not in self.first),
+            "UTF-16 or UTF-32": bool(self.encoding),
+            "no text": BINARY.match(self.head) is not None,
+            "lines that end with CR": not several and "\r" in self.lines[0],
+            "a code fence": sum(FENCE.match(line) is not None for line in self.lines) > 1,
+            "JSON over several lines": several and self.is_json,
+            "a Markdown table": any(TABLE_RULE.match(line) for line in self.lines),
+            "HTML or XML": re.match(r"<(!DOCTYPE|html|\?xml|svg)", self.lines[0]) is not None,
+            "YAML": several and self.is_yaml,
+            "a Markdown list": several and self.is_list,
+            "CSV": several and self.is_csv,
         }
         return next((what for what, is_it in found.items() if is_it), "")
+
+    def refuse(self, source: str) -> None:
+        """Raise a UsageError for a file that is no list of jobs, with the way to one."""
+        if what := self.foreign:
+            stem = os.path.splitext(os.path.basename(source))[0]
+            target = f"{stem}-jobs.{'txt' if what == 'a Markdown list' else 'jsonl'}"
+            names = ("FILE", "jobs.jsonl") if source == "-" else (source, target)
+            facts = {"separator": self.separator.replace("\t", "\\t"), "encoding": self.encoding}
+            way = FOREIGN_FILES[what].format(*map(shlex.quote, names), **facts)
+            wanted = "a job a line is wanted, a prompt or a JSON object"
+            plain = "(lines that are prompts as they stand: write each as a JSON string)"
+            raise UsageError(f"--input {source} looks like {what}; {wanted} {plain}: {way}")
 
 
 def read_job(
@@ -1629,23 +1741,13 @@ def read_batch(arguments: Arguments) -> tuple[list[Job], list[tuple[int, str]]]:
     problems: list[tuple[int, str]] = []
     number = 0
     with opened(source, "--input") as file:
-        begin = file.readline()
-        shape, lines = Shape(begin[:1024]), job_lines(chain([begin], file))
-        for number, (line_number, line) in enumerate(lines, start=1):
-            if isinstance(line, str):
-                shape.see(line)
+        shape = Shape()
+        for number, (line_number, line) in enumerate(job_lines(shape.read(file)), start=1):
             if number <= most:
                 job, wrong = read_job(number, line_number, line, flags)
                 jobs.append(job)
                 problems += [(line_number, problem) for problem in wrong]
-    if what := shape.foreign:
-        name = shlex.quote("FILE" if source == "-" else source)
-        comma = "" if shape.separator == "," else f", delimiter={shape.separator!r}"
-        way = FOREIGN_FILES[what].format(*([comma] if what == "CSV" else []), name)
-        raise UsageError(
-            f"--input {source} looks like {what}; a job a line is wanted, a prompt or a JSON "
-            f"object: {way}"
-        )
+    shape.refuse(source)
     if not number:
         raise UsageError(f"--input {source} holds no job; write one a line")
     if number > most:
@@ -7448,6 +7550,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     try:
         parser = build_parser(words[0] if words and words[0] in COMMANDS else None)
+        check_words(words, parser.prog)
         return run_command(parser.parse_args(words, Arguments()))
     except UsageError as error:
         for problem in error.problems:
