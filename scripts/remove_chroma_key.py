@@ -855,6 +855,7 @@ def spill_channels(key: Colour) -> tuple[int, ...]:
 # ── 8 · Planes and masks ──────────────────────────────────────────────────────────────────────────
 
 EDGE_WIDTH = 3  # pixels from the background to the end of an antialiased edge; 2: -0.6 dB, see 10
+DIRECTIONS = ((-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1))
 
 
 def key_distance(planes: Planes, key: Colour) -> U8:
@@ -1110,6 +1111,10 @@ NOISE_PERCENTILE = 99  # of the rest, so many are background; 97, 99.7: alike �
 NOISE_MARGIN = 1.15  # … with some to spare; 1.5: -0.1 dB, but a fourth less haze
 LEAST_NOISE = 2  # levels, on a clean key too; 4: -0.3 dB, most of it in line art and glass
 FAINT = 20  # up to there a pixel is too faint to be an edge; 14, 28: -0.1, -0.5 dB
+UNEVEN = 0.3  # levels of deviation; a steadier background was composed, and all else is subject
+SMOOTH_SHARE = 0.72  # of the variance between pixels some way apart is between neighbours; painted
+# grounds have up to 0.52, white noise has 1
+SMOOTH_LAG, SMOOTH_DEPTH = 4, 2  # pixels apart, and from the border; the outermost are odd
 LEAST_ALPHA = 0.02  # no colour is recovered from less; 0.01, 0.04: +0.1, -0.8 dB on clean ones
 
 
@@ -1120,6 +1125,22 @@ class Backdrop(NamedTuple):
     grain: float = 0  # standard deviation from pixel to pixel
     deviation: float = 4  # standard deviation from the key, drift included
     farthest: int = 8  # up to there from the key everything is background
+    is_painted: bool = False  # by an image model, and not composed or photographed
+
+
+def has_smooth_noise(planes: Planes, key: F32) -> bool:
+    """Tell whether neighbours along the border differ less than pixels that are farther apart."""
+    depth = min(SMOOTH_DEPTH, *(length - 1 for length in planes[0].shape))
+    variances = []
+    for lag in (1, SMOOTH_LAG):
+        squares = []
+        for turn in range(4):
+            line = np.stack([np.rot90(plane, turn)[depth] for plane in planes], axis=1) - key
+            is_key = np.abs(line).max(axis=1) < NOISE_DISTANCE
+            steps = line[lag:] - line[:-lag]
+            squares.append(np.square(steps[is_key[lag:] & is_key[:-lag]]))
+        variances.append(float(np.concatenate(squares).sum()) / max(1, sum(map(len, squares))))
+    return variances[0] < SMOOTH_SHARE * variances[1]
 
 
 def measure_backdrop(planes: Planes, key: Colour) -> Backdrop:
@@ -1134,8 +1155,13 @@ def measure_backdrop(planes: Planes, key: Colour) -> Backdrop:
     steps = np.diff(of_key, axis=0)  # of two pixels, so their variance is twice that of one
     grain = float(np.sqrt(np.square(steps).mean() / 2)) if steps.size else 0
     deviation = float(np.sqrt(np.square(of_key).mean()))
-    farthest = NOISE_MARGIN * float(np.percentile(distances[is_key], NOISE_PERCENTILE))
-    return Backdrop(exact_key, grain, deviation, max(LEAST_NOISE, int(farthest)))
+    margin = NOISE_MARGIN * float(np.percentile(distances[is_key], NOISE_PERCENTILE))
+    farthest = max(LEAST_NOISE, int(margin))
+    corners = tuple(plane[[0, 0, -1, -1], [0, -1, 0, -1]] for plane in planes)
+    is_painted = bool(key_distance(corners, key).min() > farthest) or has_smooth_noise(
+        planes, exact_key
+    )
+    return Backdrop(exact_key, grain, deviation, farthest, is_painted and deviation > UNEVEN)
 
 
 def lit_channels(key: Colour | F32) -> tuple[int, ...]:
@@ -1291,15 +1317,22 @@ def sharpen_chroma(colour: F32) -> F32:
 # An image model paints the key unevenly: a little noise everywhere, blotches of 4 to 12 levels next
 # to the subject, single pixels and corners 12 to 34 levels off at the border, and small areas that
 # the subject encloses up to 28 levels off (medians of 250 pictures of 15 projects). None of it is
-# to be seen in a cut-out. A real shadow or glow fades as far down, but is wide and smooth: a veil.
+# to be seen in a cut-out. What was composed or photographed has faint hair instead. A true shadow
+# or glow fades as far down, but is wide and smooth: a veil.
 # Values without a figure were chosen on 15 painted pictures and the 208 composites together.
 
 CELL = 4  # pixels; 3: alike, but 0.5 % more holes; 6, 8: -0.5, -1.1 dB
-PAINTED_DEVIATION = 0.3  # levels; a steadier background was composed, and all else is subject
 GROUND_DISTANCE = 48  # levels from the key; farther is no ground at all
 LEAST_POCKET = 40  # pixels of an enclosed area, without its rim; 16: -1 dB in leaves
 POCKET_LIMITS = ((200, 36), (1000, 15), (math.inf, 7))  # pixels, levels: the medians and a quarter
-POCKET_RIM = 2  # pixels; 3: -0.5 dB in thin lines
+POCKET_GAPS = (1, 3, 5)  # half the pixels of a gap that is closed; 1 alone: a third more haze
+# Areas, too small to be told by their mean, that are off the key without being enclosed:
+FAINT_DISTANCE = 34  # levels from the key; 30: a sixth more haze; 38: -0.1 dB
+FLAT_LEVELS = 1  # levels, and a grain, by which an island goes up and down; 2: alike
+MOST_ISLAND = 200  # pixels; 100: alike
+GROUND_STEP, TOP_GROUND = 10, 15  # levels that are more than noise, and those of the ground
+MOST_HIGHER = 2  # neighbours of a pixel that is no edge; 1: +0.1 dB, a tenth more haze
+WIDE_REACH = 3  # pixels around one that are faint where a veil is; 4: alike; none: -0.4 dB
 BLOTCH_GRAINS = 5  # the blotches, in grains of the border
 LOSSY_GRAIN = 1.8  # levels, at least, of a JPEG, whose edges ring; 2.5: -0.1 dB in JPEGs
 EDGE_FROM = 32  # levels from the key; beside such a pixel a faint one is its edge; 48: -0.1 dB
@@ -1309,35 +1342,59 @@ VEIL_DEPTH = 2.5  # … if it is that many times deeper somewhere
 SPECK_ALPHA = 0.25  # what is connected and nowhere above it is no subject
 
 
-def pocket_offsets(colour: F32, distance: U8, key: F32) -> F32:
-    """How far the ground is off the key in areas that the subject encloses, shape (3, h, w)."""
-    offsets = np.zeros_like(colour)
-    parts = parts_of(around(distance <= GROUND_DISTANCE, np.logical_and))
+def level_pockets(colour: F32, distance: U8, key: F32, gap: int) -> None:
+    """Give areas that the subject encloses the key of the border, in place.
+
+    Gaps of 2·`gap` pixels are closed. The ground is off by C - K on the average, and a pixel by a
+    share of that, 1 - a, with q for a.
+    """
+    parts = parts_of(around(distance <= GROUND_DISTANCE, np.logical_and, gap))
     sizes = parts.sizes()
     places, part = parts.places(~parts.at_border() & (sizes >= LEAST_POCKET))
-    differences = colour.reshape(3, -1)[:, places] - key[:, None]
-    sums = [np.bincount(part, channel, parts.number) for channel in differences]
-    means = np.stack(sums) / np.maximum(sizes, 1)
+    mixed = colour.reshape(3, -1)[:, places]
+    sums = [np.bincount(part, channel, parts.number) for channel in mixed - key[:, None]]
+    offsets = (np.stack(sums) / np.maximum(sizes, 1)).astype(np.float32)
     pixels, levels = np.array(POCKET_LIMITS).T
-    means *= np.abs(means).max(axis=0) <= levels[np.searchsorted(pixels, sizes)]
-    offsets.reshape(3, -1)[:, places] = means[:, part]
-    return offsets
-
-
-def level_pockets(colour: F32, distance: U8, key: F32) -> None:
-    """Give pockets the key of the border, in place: C - (1 - a)·offset, with q for a."""
-    offsets = pocket_offsets(colour, distance, key)
-    if not offsets.any():
-        return
-    extremes = (np.maximum, np.minimum)  # 0 is one of the two
-    reach = [[around(plane, extreme, POCKET_RIM) for plane in offsets] for extreme in extremes]
-    highest, lowest = map(np.stack, reach)
-    offsets = np.add(highest, lowest, dtype=np.float32)
-    places = np.flatnonzero(offsets.any(axis=0))
-    mixed, offset = (planes.reshape(3, -1)[:, places] for planes in (colour, offsets))
+    offsets *= np.abs(offsets).max(axis=0) <= levels[np.searchsorted(pixels, sizes)]
+    offset = offsets[:, part]
     mixed = mixed - (1 - np.clip(key_free_share(mixed - offset, key), 0, 1)) * offset
     colour.reshape(3, -1)[:, places] = mixed
     distance.reshape(-1)[places] = np.rint(np.abs(mixed - key[:, None]).max(axis=0))
+
+
+def squares(field: NDArray[Any], combine: np.ufunc) -> NDArray[Any]:
+    """Combine 2x2 pixels around each corner that four of them share."""
+    pairs = combine(field[1:], field[:-1])
+    fours: NDArray[Any] = combine(pairs[:, 1:], pairs[:, :-1])
+    return fours
+
+
+def islands_of(colour: F32, distance: U8, grain: float) -> Mask:
+    """Find small areas that are flat, though not quite the key: edges are steep, veils wide."""
+    flat = squares(distance <= FAINT_DISTANCE, np.logical_and)
+    for plane in colour:
+        flat &= squares(plane, np.maximum) - squares(plane, np.minimum) <= FLAT_LEVELS + grain
+    parts = parts_of(squares(np.pad(flat, 1), np.logical_or))
+    return parts.mask(~parts.at_border() & (parts.sizes() <= MOST_ISLAND))
+
+
+def tops_of(distance: U8) -> Mask:
+    """Find faint pixels that stand above the ground, and hardly below any neighbour: no edge."""
+    places = np.flatnonzero((distance > GROUND_STEP) & (distance <= FAINT_DISTANCE))
+    wide, (rows, columns) = np.pad(distance, 1, mode="edge"), np.divmod(places, distance.shape[1])
+    centres, wide_lines = (
+        (rows + 1) * wide.shape[1] + columns + 1,
+        wide.reshape(-1).astype(np.int16),
+    )
+    lower, higher = np.zeros((2, places.size), np.int8)
+    for down, right in DIRECTIONS:
+        neighbour = wide_lines[centres + down * wide.shape[1] + right]
+        step = neighbour - wide_lines[centres]
+        lower += (step < -GROUND_STEP) & (neighbour < TOP_GROUND)
+        higher += step > GROUND_STEP
+    tops = np.zeros(distance.shape, np.bool_)
+    tops.reshape(-1)[places[(higher <= MOST_HIGHER) & (lower > higher)]] = True
+    return tops
 
 
 def window_mean(cells: F32, weight: F32) -> F32:
@@ -1370,11 +1427,14 @@ def veil_of(colour: F32, distance: U8, backdrop: Backdrop) -> Mask:
 def find_background(colour: F32, distance: U8, backdrop: Backdrop, *, lossy: bool) -> Mask:
     """Find the pixels that are nothing but ground: blotches count, edges and veils do not."""
     grain = max(backdrop.grain, LOSSY_GRAIN if lossy else 0)
-    subject = veil_of(colour, distance, backdrop._replace(grain=grain)) | dilate(
-        distance > EDGE_FROM, 1
-    )
+    subject = veil_of(colour, distance, backdrop._replace(grain=grain))
+    subject |= dilate(distance > EDGE_FROM, 1)
     blotches = np.float32(backdrop.farthest + BLOTCH_GRAINS * grain)
     background: Mask = distance <= np.where(subject, np.float32(backdrop.farthest), blotches)
+    if backdrop.is_painted:
+        is_faint = (distance > GROUND_STEP) & (distance <= GROUND_DISTANCE)
+        wide = dilate(around(is_faint, np.logical_and, WIDE_REACH), WIDE_REACH + 1)
+        background |= ~wide & (islands_of(colour, distance, grain) | tops_of(distance))
     return background
 
 
@@ -1390,8 +1450,8 @@ def mixture_of(planes: Planes, key: Colour) -> Mixture:
     colour, is_subsampled = np.stack(planes, dtype=np.float32), has_subsampled_chroma(planes)
     if is_subsampled:
         colour = sharpen_chroma(colour)
-    if backdrop.deviation > PAINTED_DEVIATION:
-        level_pockets(colour, distance, backdrop.key)
+    for gap in POCKET_GAPS if backdrop.is_painted else ():
+        level_pockets(colour, distance, backdrop.key, gap)
     background = find_background(colour, distance, backdrop, lossy=is_subsampled)
     q = key_free_share(colour, backdrop.key)
     faint = background | (distance <= max(backdrop.farthest, FAINT))
@@ -1604,7 +1664,6 @@ def certain_pixels(mixture: Mixture, areas: HuedAreas) -> tuple[Mask, Mask]:
 
 LIGHT_COLOUR, LIGHT_RAMP = 5, 25  # levels between channels; 10, 40: +0.1, +0.2, the worst -0.2 dB
 LIGHT_LEVEL = 0.95  # of the way to full in the brightest channel; 0.9: -0.1 dB; 1: alike
-DIRECTIONS = ((-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1))
 SEARCH_RADII = (6, 4, 2)  # pixels, the nearest last; (4, 2), (8, 6, 4, 2), (6, 3): alike
 PLAIN_LEEWAY = 2  # levels between channels that rounding makes; 0, 4: alike
 HUE_DOUBT = 40  # levels, where F has all of the key's hue; 25, 60: alike; 0: +0.1 dB
@@ -1704,7 +1763,7 @@ def alpha_of(mixture: Mixture, certain: Mask, hued: Mask, *, see_through: bool) 
         thin_out(alpha, mixture, np.flatnonzero(vague))
     fit_edges(alpha, mixture, certain, np.flatnonzero(vague & dilate(certain, max(SEARCH_RADII))))
     alpha[mixture.background] = 0
-    if mixture.backdrop.deviation > PAINTED_DEVIATION:
+    if mixture.backdrop.deviation > UNEVEN:
         drop_specks(alpha)
     return alpha
 

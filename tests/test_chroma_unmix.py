@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from remove_chroma_key import (
     dilate,
+    has_smooth_noise,
     has_subsampled_chroma,
     hue_pairs,
     key_free_share,
@@ -258,6 +259,30 @@ def test_an_enclosed_area_that_is_off_the_key_is_no_blot(tmp_path: Path) -> None
     pixels = np.clip(np.rint(truth.on(ground)), 0, 255).astype(np.uint8)
     alpha = cut_out(tmp_path, pixels, *UNMIX)[..., 3]
     assert alpha[76:85, 76:85].max() < 16
+
+
+@pytest.mark.parametrize("spot", [(1, 1), (1, 3), (2, 2), (3, 4)], ids=str)
+def test_spots_off_the_key_beside_the_subject_are_ground(
+    spot: tuple[int, int], tmp_path: Path
+) -> None:
+    truth, ground = disc((110, 90, 70), size=160, radius=40), painted_ground(160)
+    for turn in np.linspace(0, 2 * np.pi, 12, endpoint=False):
+        top, left = (round(80 + 45 * part) for part in (np.sin(turn), np.cos(turn)))
+        ground[top : top + spot[0], left : left + spot[1]] = (20, 222, 26)
+    pixels = np.clip(np.rint(truth.on(ground)), 0, 255).astype(np.uint8)
+    alpha = cut_out(tmp_path, pixels, *UNMIX)[..., 3]
+    assert (alpha[truth.alpha == 0] > 8).mean() < 0.0005
+    assert (alpha[truth.alpha == 1] == 255).all()
+
+
+def test_painted_noise_is_smooth_and_white_noise_is_not() -> None:
+    random = np.random.default_rng(2)
+    white = random.normal(0, 1.5, (64, 64, 3))
+    smooth = random.normal(0, 1.5, (32, 32, 3)).repeat(2, axis=0).repeat(2, axis=1)
+    key = np.array((6, 246, 9), np.float32)
+    for noise, is_smooth in ((white, False), (smooth, True)):
+        red, green, blue = np.clip(key + noise, 0, 255).astype(np.uint8).transpose(2, 0, 1)
+        assert has_smooth_noise((red, green, blue), key) is is_smooth
 
 
 def test_a_faint_wide_shadow_is_kept_on_a_painted_background(tmp_path: Path) -> None:
