@@ -1663,12 +1663,31 @@ def certain_pixels(mixture: Mixture, areas: HuedAreas) -> tuple[Mask, Mask]:
 # "Shared Sampling for Real-Time Alpha Matting", who sample the background as well.)
 
 LIGHT_COLOUR, LIGHT_RAMP = 5, 25  # levels between channels; 10, 40: +0.1, +0.2, the worst -0.2 dB
+DULL_SATURATION, SATURATION_RAMP = 0.25, 0.4  # of dust; from 0.35, 0.5: -0.1, -0.4 dB in glass
+DULL_LEVEL, DULL_RAMP = 180, 50  # levels of its brightest channel; from 150: +0.1 dB, pink dust
+LILAC = 5  # levels of magenta; 12: alike
 LIGHT_LEVEL = 0.95  # of the way to full in the brightest channel; 0.9: -0.1 dB; 1: alike
 SEARCH_RADII = (6, 4, 2)  # pixels, the nearest last; (4, 2), (8, 6, 4, 2), (6, 3): alike
 PLAIN_LEEWAY = 2  # levels between channels that rounding makes; 0, 4: alike
 HUE_DOUBT = 40  # levels, where F has all of the key's hue; 25, 60: alike; 0: +0.1 dB
 GREY_KEY_DOUBT = 255  # levels, where the key has no hue; 160, 400: alike
 FREE_COST = 0.5  # levels that rounding costs; 0, 1: alike
+
+
+def light_share(plain: F32, doubt: NDArray[Any]) -> F32:
+    """How likely light is, from 0 to 1, where q for alpha gives a colour (3, n).
+
+    Grey has no other alpha, and dust and smoke are dull: dark, and with little colour. But lilac is
+    a rare dust, and what a yellow light looks like on blue.
+    """
+    colour_left, level = np.ptp(plain, axis=0), plain.max(axis=0)
+    is_coloured = smoothstep((colour_left - LIGHT_COLOUR - doubt) / LIGHT_RAMP)
+    saturation = colour_left / np.maximum(level, 1)
+    is_vivid = smoothstep((saturation - DULL_SATURATION) / SATURATION_RAMP)
+    is_bright = smoothstep((level - DULL_LEVEL) / DULL_RAMP)
+    is_lilac = np.minimum(plain[0], plain[2]) - plain[1] > LILAC
+    share: F32 = is_coloured * np.where(is_lilac, 1, np.maximum(is_vivid, is_bright))
+    return share
 
 
 def thin_out(alpha: F32, mixture: Mixture, places: Places) -> None:
@@ -1684,8 +1703,7 @@ def thin_out(alpha: F32, mixture: Mixture, places: Places) -> None:
     darker = ((key - mixed) / np.maximum(key, 1)).max(axis=0)
     least = np.minimum(np.maximum(brighter / np.float32(LIGHT_LEVEL), darker), q)
     doubt = mixture.backdrop.deviation / np.maximum(q, np.float32(LEAST_ALPHA))
-    colour_left = np.ptp(unmixed_colour(mixed, q, mixture.backdrop.key), axis=0)
-    weight = smoothstep((colour_left - LIGHT_COLOUR - doubt) / LIGHT_RAMP)
+    weight = light_share(unmixed_colour(mixed, q, mixture.backdrop.key), doubt)
     alpha.reshape(-1)[places] = q + (least - q) * weight
 
 

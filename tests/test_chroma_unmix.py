@@ -285,6 +285,24 @@ def test_painted_noise_is_smooth_and_white_noise_is_not() -> None:
         assert has_smooth_noise((red, green, blue), key) is is_smooth
 
 
+@pytest.mark.parametrize(
+    ("colour", "key"),
+    [
+        pytest.param((136, 126, 96), (43, 248, 4), id="dust on green"),
+        pytest.param((110, 120, 140), GREEN, id="smoke on green"),
+        pytest.param((136, 110, 80), (250, 4, 244), id="dust on magenta"),
+    ],
+)
+def test_dull_dust_and_smoke_keep_their_colour(colour: Colour, key: Colour, tmp_path: Path) -> None:
+    size = 160
+    rows, columns = grid(size, 1)
+    clumps = 0.5 + 0.25 * np.sin(rows / 5) * np.cos(columns / 6)
+    fade = np.clip((62 - np.hypot((rows - 84) * 1.3, columns - 80)) / 30, 0, 1)
+    truth = Subject(colour=flat(size, colour), alpha=clumps * fade)
+    cut = cut_out(tmp_path, truth.composite(key, noise=0.7), *UNMIX)
+    assert recomposite_psnr(cut, truth) > 34
+
+
 def test_a_faint_wide_shadow_is_kept_on_a_painted_background(tmp_path: Path) -> None:
     rows, columns = grid(160, 1)
     shadow = np.clip(0.3 - np.hypot((rows - 110) * 2, columns - 80) / 200, 0, 1)
