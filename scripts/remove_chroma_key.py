@@ -1461,9 +1461,10 @@ def mixture_of(planes: Planes, key: Colour) -> Mixture:
 # ── 10d · Areas in the key's hue ──────────────────────────────────────────────────────────────────
 #
 # They are opaque (a frog) or see-through (glass, glow, shadow). One pixel cannot tell; what does is
-# how the subject meets the background: crisply, or fading into it. So cells of some pixels are
+# how an object meets the background: crisply, or fading into it. So cells of some pixels are
 # judged: a plateau of cells of one colour is opaque, unless its like fades in the ring of cells
-# along the background, as glow (light of some colour) or shade (grey).
+# along the background, as glow (light of some colour) or shade (grey). Each connected object has a
+# verdict of its own.
 
 CERTAIN_Q = 0.97  # above, what is away from the edges is certainly subject; 0.94: -0.4 dB
 EVEN_Q = 0.25  # q varies more than that only where edges cross a cell; 0.4: -0.7 dB
@@ -1483,9 +1484,17 @@ FAINT_GLOW_Q, FAINT_GLOW_AROUND = 0.25, 0.6  # needed by one piece of glass
 STEEP_GLOW_Q, STEEP_GLOW_AROUND = 0.45, 0.85  # q 0.35: +0.1 dB; around 0.95: 0.2 % more holes
 STEEP_GLOW_RISE = 1.25  # from a cell to the largest around it; 1.1, 1.5: alike
 SHADE_Q, SHADE_AROUND = 0.6, 0.8  # q 0.75: -0.1 dB, 0.7 % more holes; around 0.95: 0.2 %
+SOFT_STEP, SOFT_SHARE = 0.08, 0.5  # of q from pixel to pixel, and of a cell's q on top, beside a
+# shade; a body that is darker to its crisp rim has more
+PANE_Q, PANE_LEVEL, PANE_COLOUR = (
+    0.35,
+    200,
+    60,
+)  # thin white is clear glass, not a body like the key
 NEUTRAL = 40  # levels between the channels of a shade; 25, 60: alike
 DARK = 80  # levels; glow that is darker may be a shadow, no light; 50, 120: alike
 LEAST_CELLS = 8  # fewer are no evidence; 4, 16: alike
+OBJECT_RING = 40  # cells; an object with fewer is taken for what the picture is; 8, 100: alike
 FADING_SHARE = 0.01  # of the ring is evidence that the like of it is see-through; 0.02: alike
 CLEAR_SHARE = 0.03  # of the ring, bright, that all of the picture is; 0.06: +0.1 dB
 COLOUR_BINS = 8  # of each channel; those beside a common one are alike; 16: -0.1 dB
@@ -1499,17 +1508,19 @@ class Cells(NamedTuple):
     q: F32  # of the mean
     q_range: F32
     q_high: F32
+    q_step: F32  # the largest, from pixel to pixel
     solid: Mask  # no background in it, nor in a neighbour; within two: -0.4 dB
     ring: Mask  # those of them that are near the background
+    objects: Parts  # of what is not all background
 
 
 class HuedAreas(NamedTuple):
-    """What the cells that share the key's hue are, and whether the picture is see-through."""
+    """What the cells are: opaque in spite of the key's hue, or see-through."""
 
     opaque_from: U8  # least q, in hundredths, of pixels of an opaque area; 255 where none is
     may_be_opaque: Mask  # as strokes that are too thin for a cell
     body: Mask  # opaque all around, though its q goes up and down
-    see_through: bool
+    see_through: Mask
 
 
 def cells_of(mixture: Mixture) -> Cells:
@@ -1517,10 +1528,21 @@ def cells_of(mixture: Mixture) -> Cells:
     sums = np.stack([blocks(plane, np.add, CELL) for plane in mixture.colour])
     means = sums * np.float32(1 / CELL**2)
     low, high = (blocks(mixture.q, extreme, CELL) for extreme in (np.minimum, np.maximum))
+    step = np.zeros_like(mixture.q)
+    np.abs(np.diff(mixture.q, axis=0), out=step[1:])
+    np.maximum(step[:, 1:], np.abs(np.diff(mixture.q, axis=1)), out=step[:, 1:])
     holds_background = blocks(mixture.faint, np.logical_or, CELL)
     solid = ~dilate(holds_background, 1)
-    ring = solid & dilate(holds_background, RING_REACH)
-    return Cells(means, key_free_share(means, mixture.backdrop.key), high - low, high, solid, ring)
+    return Cells(
+        colour=means,
+        q=key_free_share(means, mixture.backdrop.key),
+        q_range=high - low,
+        q_high=high,
+        q_step=blocks(step, np.maximum, CELL),
+        solid=solid,
+        ring=solid & dilate(holds_background, RING_REACH),
+        objects=parts_of(blocks(~mixture.background, np.logical_or, CELL)),
+    )
 
 
 def count_near(field: NDArray[Any]) -> NDArray[Any]:
@@ -1575,7 +1597,20 @@ def fading_cells(cells: Cells, unmixed: F32, grain: float) -> tuple[Mask, Mask]:
     rises = q_around > STEEP_GLOW_RISE * q
     steep_glow = (q < STEEP_GLOW_Q) & (q_around < STEEP_GLOW_AROUND) & rises
     shade = (q < SHADE_Q) & (q_around < SHADE_AROUND) & (np.ptp(unmixed, axis=0) < NEUTRAL)
-    return fades & (faint_glow | steep_glow), fades & shade
+    is_soft = around(cells.q_step, np.maximum, RING_REACH) < SOFT_STEP + SOFT_SHARE * q
+    return fades & (faint_glow | steep_glow), fades & shade & is_soft
+
+
+def objects_with(cells: Cells, evidence: Mask, least_share: float) -> Mask:
+    """Find the objects of whose ring enough is evidence; small ones are what the picture is."""
+    places, part = cells.objects.places(np.ones(cells.objects.number, np.bool_))
+    found, ring = (
+        np.bincount(part, mask.reshape(-1)[places], cells.objects.number)
+        for mask in (evidence, cells.ring)
+    )
+    in_picture = found.sum() >= max(LEAST_CELLS, least_share * ring.sum())
+    in_object = found >= np.maximum(LEAST_CELLS, least_share * ring)
+    return cells.objects.mask(np.where(ring >= OBJECT_RING, in_object, in_picture))
 
 
 def similar(colour: F32, evidence: Mask) -> Mask:
@@ -1598,30 +1633,26 @@ def body_of(cells: Cells) -> Mask:
 
 
 def judge_areas(cells: Cells, backdrop: Backdrop, subject: str) -> HuedAreas:
-    """Find where the subject is opaque in spite of its hue, and whether it is see-through."""
+    """Find where the subject is opaque in spite of its hue, and where it is see-through."""
     nowhere, everywhere = np.zeros_like(cells.solid), np.ones_like(cells.solid)
-    clear = HuedAreas(opaque_bar(cells.q, nowhere), nowhere, nowhere, see_through=True)
     if subject == "translucent":
-        return clear
+        return HuedAreas(opaque_bar(cells.q, nowhere), nowhere, nowhere, everywhere)
     hued = cells.solid & (cells.q < CERTAIN_Q) & (cells.q_range < EVEN_Q)
     is_flat = steepest_step(cells.colour, cells.solid) < FLAT_STEP + GRAIN_STEP * backdrop.grain
     hued &= is_flat | (np.abs(cells.colour - backdrop.key[:, None, None]).max(axis=0) > FAR)
     plateau = hued & part_of_plateau(cells.colour, hued) if hued.any() else nowhere
     body = body_of(cells)
-    opaque = HuedAreas(opaque_bar(cells.q, plateau), everywhere, body, see_through=False)
     if subject == "opaque" or not hued.any():
-        return opaque
+        return HuedAreas(opaque_bar(cells.q, plateau), everywhere, body, nowhere)
     unmixed = unmixed_colour(cells.colour, cells.q, backdrop.key)
     glow, shade = fading_cells(cells, unmixed, backdrop.grain)
-    ring_size = np.count_nonzero(cells.ring)
-    if np.count_nonzero(glow | shade) < max(LEAST_CELLS, FADING_SHARE * ring_size):
-        return opaque
-    bright = glow & (unmixed.max(axis=0) > DARK)
-    if np.count_nonzero(bright) >= max(LEAST_CELLS, CLEAR_SHARE * ring_size):
-        return clear
-    unlike = ~similar(unmixed, glow | shade)
-    opaque_from = opaque_bar(cells.q, plateau & unlike)
-    return HuedAreas(opaque_from, unlike, body & unlike, see_through=False)
+    level, colour_left = unmixed.max(axis=0), np.ptp(unmixed, axis=0)
+    fades = objects_with(cells, glow | shade, FADING_SHARE)
+    is_clear = fades & objects_with(cells, glow & (level > DARK), CLEAR_SHARE)
+    kept = ~is_clear & ~(fades & similar(unmixed, fades & (glow | shade)))
+    is_pane = (cells.q < PANE_Q) & (level > PANE_LEVEL) & (colour_left < PANE_COLOUR)
+    opaque = kept & ~is_pane
+    return HuedAreas(opaque_bar(cells.q, plateau & opaque), opaque, body & kept, is_clear)
 
 
 # ── 10e · Certain pixels ──────────────────────────────────────────────────────────────────────────
@@ -1650,8 +1681,7 @@ def certain_pixels(mixture: Mixture, areas: HuedAreas) -> tuple[Mask, Mask]:
     hued.reshape(-1)[strokes[is_coloured & is_far]] = True
     highest = around(highest, np.maximum)
     ridge = hundredths >= highest - np.minimum(highest, 1)  # the most in 5x5, or a hundredth less
-    if not areas.see_through:
-        hued |= enlarge(areas.body, q.shape, CELL) & (q >= BODY_Q) & (q < 1)
+    hued |= enlarge(areas.body, q.shape, CELL) & (q >= BODY_Q) & (q < 1)
     return (inner & (q >= CERTAIN_Q)) | (ridge & (q >= 1)) | hued, hued
 
 
@@ -1772,13 +1802,13 @@ SETTLE_FROM, SETTLE_RAMP = 0.88, 0.075  # without: +0.4 dB in JPEGs, but 2 % mor
 SHARES_HUE = 0.9  # q; below, an opaque pixel is reported to share the key's hue
 
 
-def alpha_of(mixture: Mixture, certain: Mask, hued: Mask, *, see_through: bool) -> F32:
-    """Take q, or 1 where a subject shares the hue; thin it out if see-through; fit the edges."""
+def alpha_of(mixture: Mixture, certain: Mask, hued: Mask, see_through: Mask) -> F32:
+    """Take q, or 1 where a subject shares the hue; thin out see-through cells; fit the edges."""
     alpha = np.clip(mixture.q, 0, 1)
     alpha[hued] = 1
     vague = ~(certain | mixture.background)
-    if see_through:
-        thin_out(alpha, mixture, np.flatnonzero(vague))
+    if see_through.any():
+        thin_out(alpha, mixture, np.flatnonzero(vague & enlarge(see_through, vague.shape, CELL)))
     fit_edges(alpha, mixture, certain, np.flatnonzero(vague & dilate(certain, max(SEARCH_RADII))))
     alpha[mixture.background] = 0
     if mixture.backdrop.deviation > UNEVEN:
@@ -1822,7 +1852,7 @@ def cut_by_unmixing(picture: Picture, key: Colour, method: UnmixMethod) -> Cutou
     mixture = mixture_of(picture.planes, key)
     areas = judge_areas(cells_of(mixture), mixture.backdrop, method.subject)
     certain, hued = certain_pixels(mixture, areas)
-    alpha = alpha_of(mixture, certain, hued, see_through=areas.see_through)
+    alpha = alpha_of(mixture, certain, hued, areas.see_through)
     kept = {"auto": not hue_pairs(mixture.backdrop.key), "keep": True, "remove": False}
     if kept[method.enclosed]:
         fill_enclosed(alpha)

@@ -389,6 +389,33 @@ def test_a_pane_with_a_bright_fade_makes_the_subject_see_through(tmp_path: Path)
     assert cut[40:60, 40:80, 3].mean() == pytest.approx(153, abs=12)
 
 
+def test_a_glow_elsewhere_says_nothing_of_a_body_of_the_key_s_hue(tmp_path: Path) -> None:
+    size = 200
+    rows, columns = grid(size)
+    body = supersampled(size, np.hypot(rows - 130, columns - 70) < 55)
+    soft_rows, soft_columns = grid(size, 1)
+    away = np.hypot(soft_rows - 45, soft_columns - 150)
+    glow = np.clip(1.05 - away / 40, 0, 0.9)
+    shading = 1.1 - np.hypot(soft_rows - 110, soft_columns - 60) / 130
+    colour = np.where(body[..., None] > 0, flat(size, (70, 190, 80)), flat(size, (255, 225, 90)))
+    colour *= np.where(body > 0, shading, 1)[..., None]
+    truth = Subject(colour=np.clip(colour, 0, 255), alpha=np.maximum(body, glow))
+    alpha = cut_out(tmp_path, truth.composite(GREEN, noise=0.7), *UNMIX)[..., 3]
+    assert (alpha[body == 1] > 245).mean() > 0.95
+    assert np.abs(alpha / 255 - glow)[(glow > 0.1) & (body == 0)].mean() < 0.1
+
+
+def test_a_clear_pane_in_a_frame_is_glass(tmp_path: Path) -> None:
+    rows, columns = grid(128)
+    reach = np.maximum(abs(rows - 64), abs(columns - 64))
+    frame, pane = (supersampled(128, mask) for mask in ((reach < 50) & (reach > 42), reach < 44))
+    alpha = frame + 0.2 * pane * (1 - frame)
+    colour = np.where(frame[..., None] > 0, flat(128, (90, 60, 40)), flat(128, (225, 235, 240)))
+    truth = Subject(colour=colour, alpha=alpha)
+    cut = cut_out(tmp_path, truth.composite(GREEN, noise=0.7), *UNMIX)
+    assert cut[50:78, 50:78, 3].mean() == pytest.approx(51, abs=6)
+
+
 # ── Parts ────────────────────────────────────────────────────────────────────────────────────────
 
 
