@@ -1834,16 +1834,20 @@ def settle(alpha: F32) -> F32:
 def straight(planes: Planes, mixture: Mixture, alpha: F32) -> tuple[Planes, U8]:
     """8-bit straight colour and alpha; what the model calls opaque keeps the input's very values.
 
-    What is only settled to opaque is still a mixture, and would show the key as a rim.
+    What is only settled to opaque is still a mixture, and so is the rim in chroma stored coarsely;
+    either would show the key.
     """
     mixed_share = np.rint(alpha * 255).astype(np.uint8)
-    partly = np.flatnonzero((mixed_share > 0) & (mixed_share < 255))
-    matte = np.rint(settle(alpha) * 255).astype(np.uint8) if mixture.is_sharpened else mixed_share
-    mixed, shares = mixture.colours_at(partly), alpha.reshape(-1)[partly]
+    is_mixed, matte = (mixed_share > 0) & (mixed_share < 255), mixed_share
+    if mixture.is_sharpened:
+        is_mixed |= (mixed_share == 255) & dilate(mixture.background, EDGE_WIDTH)
+        matte = np.rint(settle(alpha) * 255).astype(np.uint8)
+    places = np.flatnonzero(is_mixed)
+    mixed, shares = mixture.colours_at(places), alpha.reshape(-1)[places]
     unmixed = np.rint(unmixed_colour(mixed, shares, mixture.backdrop.key)).astype(np.uint8)
     straight_planes = blank_where(planes, matte == 0)
     for plane, values in zip(straight_planes, unmixed, strict=True):
-        plane.reshape(-1)[partly] = values
+        plane.reshape(-1)[places] = values
     return straight_planes, matte
 
 

@@ -210,6 +210,14 @@ def test_lossy_chroma_is_sharpened_by_the_luma_that_is_still_sharp(tmp_path: Pat
     assert recomposite_psnr(cut_out(tmp_path, lossy, *UNMIX), truth) > 24
 
 
+def test_the_opaque_rim_of_a_jpeg_has_no_key_colour(tmp_path: Path) -> None:
+    truth = disc((40, 40, 60))
+    cut = cut_out(tmp_path, jpeg(truth.composite(GREEN), 75), *UNMIX)
+    rim = (cut[..., 3] == 255) & dilate(cut[..., 3] == 0, 3)
+    red, green, blue = cut[rim][:, :3].T.astype(int)
+    assert np.maximum(0, green - np.maximum(red, blue)).mean() < 2
+
+
 @pytest.mark.parametrize(
     ("subsampled", "pixels"),
     [
