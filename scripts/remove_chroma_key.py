@@ -1333,12 +1333,13 @@ MOST_ISLAND = 200  # pixels; 100: alike
 GROUND_STEP, TOP_GROUND = 10, 15  # levels that are more than noise, and those of the ground
 MOST_HIGHER = 2  # neighbours of a pixel that is no edge; 1: +0.1 dB, a tenth more haze
 WIDE_REACH = 3  # pixels around one that are faint where a veil is; 4: alike; none: -0.4 dB
-BLOTCH_GRAINS = 5  # the blotches, in grains of the border
+BLOTCH_GRAINS = 5  # the blotches, in grains of the border …
+BLOTCH_LEVELS = 12  # … and at least, if painted; 15: -0.1 dB in webs; none: a tenth more haze
 LOSSY_GRAIN = 1.8  # levels, at least, of a JPEG, whose edges ring; 2.5: -0.1 dB in JPEGs
 EDGE_FROM = 32  # levels from the key; beside such a pixel a faint one is its edge; 48: -0.1 dB
 VEIL_REACH = 2  # cells around one that are averaged, which blotches hardly survive
 VEIL_GRAINS = 3  # a deeper mean is a veil …
-VEIL_DEPTH = 2.5  # … if it is that many times deeper somewhere
+VEIL_DEPTH = 5  # … if it is that many times deeper somewhere; 4: blotches are veils; 6: alike
 SPECK_ALPHA = 0.25  # what is connected and nowhere above it is no subject
 
 
@@ -1430,6 +1431,7 @@ def find_background(colour: F32, distance: U8, backdrop: Backdrop, *, lossy: boo
     subject = veil_of(colour, distance, backdrop._replace(grain=grain))
     subject |= dilate(distance > EDGE_FROM, 1)
     blotches = np.float32(backdrop.farthest + BLOTCH_GRAINS * grain)
+    blotches = max(blotches, np.float32(BLOTCH_LEVELS if backdrop.is_painted else 0))
     background: Mask = distance <= np.where(subject, np.float32(backdrop.farthest), blotches)
     if backdrop.is_painted:
         is_faint = (distance > GROUND_STEP) & (distance <= GROUND_DISTANCE)
