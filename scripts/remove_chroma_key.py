@@ -168,9 +168,8 @@ def put(text: str) -> str:
     except OSError as error:
         # Otherwise the interpreter would try, and complain, once more at its end.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        return (
-            "" if isinstance(error, BrokenPipeError) else f"stdout takes no more: {error.strerror}"
-        )
+        has_gone = isinstance(error, BrokenPipeError)
+        return "" if has_gone else f"stdout takes no more: {error.strerror}"
     return ""
 
 
@@ -703,10 +702,8 @@ def refuse(problems: Iterable[str]) -> None:
 
 def planned(arguments: Arguments) -> Sequence[Task]:
     """List what is to be done, or refuse all of it."""
-    jobs, looks = (
-        jobs_from(arguments),
-        [Inspection(path) for path in expanded(arguments.inspect or [])],
-    )
+    jobs = jobs_from(arguments)
+    looks = [Inspection(path) for path in expanded(arguments.inspect or [])]
     if arguments.inspect is not None:
         refuse(check_inspection(arguments))
         refuse(check_source(looks[0].source) if len(looks) == 1 else ())
@@ -910,6 +907,15 @@ def blocks(plane: NDArray[Any], combine: np.ufunc, size: int) -> NDArray[Any]:
     return cells
 
 
+def window_sum(plane: NDArray[Any], reach: int, *, at_edge: bool = False) -> NDArray[Any]:
+    """Sum over a square of 2·reach + 1 pixels; beyond the edge there is nothing, or the edge."""
+    size, (height, width) = 2 * reach + 1, plane.shape
+    wide = np.pad(plane, reach, mode="edge" if at_edge else "constant")
+    rows = functools.reduce(np.add, [wide[shift : shift + height] for shift in range(size)])
+    total = functools.reduce(np.add, [rows[:, shift : shift + width] for shift in range(size)])
+    return np.asarray(total)
+
+
 def smoothstep(x: NDArray[Any]) -> NDArray[Any]:
     """Rise smoothly from 0 to 1 between 0 and 1."""
     ramp = np.clip(x, 0, 1)
@@ -1099,8 +1105,8 @@ def cut_by_distance(picture: Picture, key: Colour, method: MatteMethod) -> Cutou
 # thin frames, hair, glass, glow, shadow, the key's hue) on #00ff00, #ff00ff, #0000ff and #04f90b;
 # clean, with noise (deviation 2), as JPEG (quality 90, 4:2:0), with a drift of the key by 8, and on
 # backgrounds as image models paint them: 208 in all, and 24 more on grey keys. After a threshold
-# stands what other values cost (-) or gain (+): dB of PSNR where alpha is partial (mean 34.9), or
-# holes, the share of opaque pixels that come out below 245 (1.1 %). "Alike" is within 0.05 dB.
+# stands what other values cost (-) or gain (+): dB of PSNR where alpha is partial (mean 35.1), or
+# holes, the share of opaque pixels that come out below 245 (0.7 %). "Alike" is within 0.05 dB.
 
 # ── 10a · The backdrop, and q ─────────────────────────────────────────────────────────────────────
 
@@ -1112,8 +1118,7 @@ NOISE_MARGIN = 1.15  # … with some to spare; 1.5: -0.1 dB, but a fourth less h
 LEAST_NOISE = 2  # levels, on a clean key too; 4: -0.3 dB, most of it in line art and glass
 FAINT = 20  # up to there a pixel is too faint to be an edge; 14, 28: -0.1, -0.5 dB
 UNEVEN = 0.3  # levels of deviation; a steadier background was composed, and all else is subject
-SMOOTH_SHARE = 0.72  # of the variance between pixels some way apart is between neighbours; painted
-# grounds have up to 0.52, white noise has 1
+SMOOTH_SHARE = 0.72  # of the farther variance; painted grounds have up to 0.52, white noise 1
 SMOOTH_LAG, SMOOTH_DEPTH = 4, 2  # pixels apart, and from the border; the outermost are odd
 LEAST_ALPHA = 0.02  # no colour is recovered from less; 0.01, 0.04: +0.1, -0.8 dB on clean ones
 
@@ -1131,16 +1136,14 @@ class Backdrop(NamedTuple):
 def has_smooth_noise(planes: Planes, key: F32) -> bool:
     """Tell whether neighbours along the border differ less than pixels that are farther apart."""
     depth = min(SMOOTH_DEPTH, *(length - 1 for length in planes[0].shape))
-    variances = []
-    for lag in (1, SMOOTH_LAG):
-        squares = []
-        for turn in range(4):
-            line = np.stack([np.rot90(plane, turn)[depth] for plane in planes], axis=1) - key
-            is_key = np.abs(line).max(axis=1) < NOISE_DISTANCE
-            steps = line[lag:] - line[:-lag]
-            squares.append(np.square(steps[is_key[lag:] & is_key[:-lag]]))
-        variances.append(float(np.concatenate(squares).sum()) / max(1, sum(map(len, squares))))
-    return variances[0] < SMOOTH_SHARE * variances[1]
+    near, far = [], []
+    for turn in range(4):
+        line = np.stack([np.rot90(plane, turn)[depth] for plane in planes], axis=1) - key
+        line = line[np.abs(line).max(axis=1) < NOISE_DISTANCE]
+        near.append(np.square(np.diff(line, axis=0)).ravel())
+        far.append(np.square(line[SMOOTH_LAG:] - line[:-SMOOTH_LAG]).ravel())
+    means = [np.concatenate(of).sum() / max(1, sum(map(len, of))) for of in (near, far)]
+    return bool(means[0] < SMOOTH_SHARE * means[1])
 
 
 def measure_backdrop(planes: Planes, key: Colour) -> Backdrop:
@@ -1274,12 +1277,8 @@ def double(plane: F32, shape: tuple[int, int]) -> F32:
 
 def box_mean(plane: F32) -> F32:
     """Average over a square of 2·GUIDE_REACH + 1 pixels."""
-    size, (height, width) = 2 * GUIDE_REACH + 1, plane.shape
-    wide = np.pad(plane, GUIDE_REACH, mode="edge")
-    rows = functools.reduce(np.add, [wide[shift : shift + height] for shift in range(size)])
-    total = functools.reduce(np.add, [rows[:, shift : shift + width] for shift in range(size)])
-    total *= np.float32(1 / size**2)
-    return total
+    share = np.float32(1 / (2 * GUIDE_REACH + 1) ** 2)
+    return window_sum(plane, GUIDE_REACH, at_edge=True) * share
 
 
 def chroma_slopes(luma: F32, chromas: Sequence[F32]) -> Iterator[F32]:
@@ -1344,10 +1343,9 @@ SPECK_ALPHA = 0.25  # what is connected and nowhere above it is no subject
 
 
 def level_pockets(colour: F32, distance: U8, key: F32, gap: int) -> None:
-    """Give areas that the subject encloses the key of the border, in place.
+    """Give areas that are enclosed, but for gaps of 2·`gap` pixels, the border's key, in place.
 
-    Gaps of 2·`gap` pixels are closed. The ground is off by C - K on the average, and a pixel by a
-    share of that, 1 - a, with q for a.
+    The ground is off by the mean of C - K, and a pixel by 1 - a of that, with q for a.
     """
     parts = parts_of(around(distance <= GROUND_DISTANCE, np.logical_and, gap))
     sizes = parts.sizes()
@@ -1382,15 +1380,14 @@ def islands_of(colour: F32, distance: U8, grain: float) -> Mask:
 def tops_of(distance: U8) -> Mask:
     """Find faint pixels that stand above the ground, and hardly below any neighbour: no edge."""
     places = np.flatnonzero((distance > GROUND_STEP) & (distance <= FAINT_DISTANCE))
-    wide, (rows, columns) = np.pad(distance, 1, mode="edge"), np.divmod(places, distance.shape[1])
-    centres, wide_lines = (
-        (rows + 1) * wide.shape[1] + columns + 1,
-        wide.reshape(-1).astype(np.int16),
-    )
+    rows, columns = np.divmod(places, distance.shape[1])
+    wide = np.pad(distance.astype(np.int16), 1, mode="edge")
+    stride, levels = wide.shape[1], wide.reshape(-1)
+    centres = (rows + 1) * stride + columns + 1
     lower, higher = np.zeros((2, places.size), np.int8)
     for down, right in DIRECTIONS:
-        neighbour = wide_lines[centres + down * wide.shape[1] + right]
-        step = neighbour - wide_lines[centres]
+        neighbour = levels[centres + down * stride + right]
+        step = neighbour - levels[centres]
         lower += (step < -GROUND_STEP) & (neighbour < TOP_GROUND)
         higher += step > GROUND_STEP
     tops = np.zeros(distance.shape, np.bool_)
@@ -1400,13 +1397,8 @@ def tops_of(distance: U8) -> Mask:
 
 def window_mean(cells: F32, weight: F32) -> F32:
     """Weighted average over squares of 2·VEIL_REACH + 1 cells."""
-    sums = []
-    for field in (cells * weight, weight):
-        wide, size = np.pad(field, VEIL_REACH), 2 * VEIL_REACH + 1
-        rows = functools.reduce(np.add, [wide[top : top + len(cells)] for top in range(size)])
-        columns = [rows[:, left : left + cells.shape[1]] for left in range(size)]
-        sums.append(functools.reduce(np.add, columns))
-    mean: F32 = np.divide(sums[0], np.maximum(sums[1], 1), dtype=np.float32)
+    sums, weights = (window_sum(field, VEIL_REACH) for field in (cells * weight, weight))
+    mean: F32 = np.divide(sums, np.maximum(weights, 1), dtype=np.float32)
     return mean
 
 
@@ -1441,7 +1433,7 @@ def find_background(colour: F32, distance: U8, backdrop: Backdrop, *, lossy: boo
 
 
 def drop_specks(alpha: F32) -> None:
-    """Remove what is nowhere more than faint and is connected to nothing that is more."""
+    """Remove what is connected to nothing that is more than faint."""
     parts = parts_of(alpha > 0)
     alpha.reshape(-1)[parts.places(parts.largest(alpha) < SPECK_ALPHA)[0]] = 0
 
@@ -1465,14 +1457,12 @@ def mixture_of(planes: Planes, key: Colour) -> Mixture:
 # They are opaque (a frog) or see-through (glass, glow, shadow). One pixel cannot tell; what does is
 # how an object meets the background: crisply, or fading into it. So cells of some pixels are
 # judged: a plateau of cells of one colour is opaque, unless its like fades in the ring of cells
-# along the background, as glow (light of some colour) or shade (grey). Each connected object has a
-# verdict of its own.
+# along the background, as glow (light of some colour) or shade (grey): one verdict an object.
 
 CERTAIN_Q = 0.97  # above, what is away from the edges is certainly subject; 0.94: -0.4 dB
 EVEN_Q = 0.25  # q varies more than that only where edges cross a cell; 0.4: -0.7 dB
 SAME_COLOUR = 20  # levels between neighbouring cells of a plateau; 14: alike; 28: -0.1 dB
-FAR = 71  # levels from the key; nearer, only what is flat is a plateau; 68: blots in a shadow;
-# 80: a purple orb on magenta fades at its rim; where the key's own tone is painted, all is near
+FAR = 71  # levels from the key; nearer, only what is flat is a plateau; 68: blots; 80: holes
 BODY_MEAN, BODY_Q = 0.95, 0.85  # of q around a cell, and of a pixel of it, that is opaque
 LIKE_CELLS = 6  # of 3x3, itself included, make the core of a plateau; 5: -0.1 dB; 7: alike
 CORE_WEIGHT = 28  # of 81, the core cells in 5x5, the nearer the heavier; 20: -0.3 dB; 36: alike
@@ -1486,13 +1476,8 @@ FAINT_GLOW_Q, FAINT_GLOW_AROUND = 0.25, 0.6  # needed by one piece of glass
 STEEP_GLOW_Q, STEEP_GLOW_AROUND = 0.45, 0.85  # q 0.35: +0.1 dB; around 0.95: 0.2 % more holes
 STEEP_GLOW_RISE = 1.25  # from a cell to the largest around it; 1.1, 1.5: alike
 SHADE_Q, SHADE_AROUND = 0.6, 0.8  # q 0.75: -0.1 dB, 0.7 % more holes; around 0.95: 0.2 %
-SOFT_STEP, SOFT_SHARE = 0.08, 0.5  # of q from pixel to pixel, and of a cell's q on top, beside a
-# shade; a body that is darker to its crisp rim has more
-PANE_Q, PANE_LEVEL, PANE_COLOUR = (
-    0.35,
-    200,
-    60,
-)  # thin white is clear glass, not a body like the key
+SOFT_STEP, SOFT_SHARE = 0.08, 0.5  # of q, from pixel to pixel, beside a shade; crisp rims have more
+PANE_Q, PANE_LEVEL, PANE_COLOUR = 0.35, 200, 60  # thin white is clear glass; q 0.5: alike
 NEUTRAL = 40  # levels between the channels of a shade; 25, 60: alike
 DARK = 80  # levels; glow that is darker may be a shadow, no light; 50, 120: alike
 LEAST_CELLS = 8  # fewer are no evidence; 4, 16: alike
@@ -1530,29 +1515,16 @@ def cells_of(mixture: Mixture) -> Cells:
     sums = np.stack([blocks(plane, np.add, CELL) for plane in mixture.colour])
     means = sums * np.float32(1 / CELL**2)
     low, high = (blocks(mixture.q, extreme, CELL) for extreme in (np.minimum, np.maximum))
-    step = np.zeros_like(mixture.q)
-    np.abs(np.diff(mixture.q, axis=0), out=step[1:])
-    np.maximum(step[:, 1:], np.abs(np.diff(mixture.q, axis=1)), out=step[:, 1:])
+    steps = np.zeros_like(mixture.q)
+    np.abs(np.diff(mixture.q, axis=0), out=steps[1:])
+    np.maximum(steps[:, 1:], np.abs(np.diff(mixture.q, axis=1)), out=steps[:, 1:])
+    step = blocks(steps, np.maximum, CELL)
     holds_background = blocks(mixture.faint, np.logical_or, CELL)
     solid = ~dilate(holds_background, 1)
-    return Cells(
-        colour=means,
-        q=key_free_share(means, mixture.backdrop.key),
-        q_range=high - low,
-        q_high=high,
-        q_step=blocks(step, np.maximum, CELL),
-        solid=solid,
-        ring=solid & dilate(holds_background, RING_REACH),
-        objects=parts_of(blocks(~mixture.background, np.logical_or, CELL)),
-    )
-
-
-def count_near(field: NDArray[Any]) -> NDArray[Any]:
-    """Count in each 3x3 neighbourhood."""
-    wide = np.pad(field.astype(np.int16), 1)
-    rows = wide[:-2] + wide[1:-1] + wide[2:]
-    counts: NDArray[Any] = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]
-    return counts
+    ring = solid & dilate(holds_background, RING_REACH)
+    objects = parts_of(blocks(~mixture.background, np.logical_or, CELL))
+    q = key_free_share(means, mixture.backdrop.key)
+    return Cells(means, q, high - low, high, step, solid, ring, objects)
 
 
 def part_of_plateau(colour: F32, hued: Mask) -> Mask:
@@ -1566,7 +1538,7 @@ def part_of_plateau(colour: F32, hued: Mask) -> Mask:
         step = np.abs(wide_colour[(..., *window)] - colour).max(axis=0)
         likes += wide_hued[window] & (step < SAME_COLOUR)
     core = hued & (likes >= LIKE_CELLS)
-    core &= count_near(count_near(core)) >= CORE_WEIGHT
+    core &= window_sum(window_sum(core.astype(np.int16), 1), 1) >= CORE_WEIGHT
     return dilate(core, 1)
 
 
@@ -1605,14 +1577,13 @@ def fading_cells(cells: Cells, unmixed: F32, grain: float) -> tuple[Mask, Mask]:
 
 def objects_with(cells: Cells, evidence: Mask, least_share: float) -> Mask:
     """Find the objects of whose ring enough is evidence; small ones are what the picture is."""
-    places, part = cells.objects.places(np.ones(cells.objects.number, np.bool_))
-    found, ring = (
-        np.bincount(part, mask.reshape(-1)[places], cells.objects.number)
-        for mask in (evidence, cells.ring)
-    )
+    objects = cells.objects
+    places, part = objects.places(np.ones(objects.number, np.bool_))
+    found = np.bincount(part, evidence.reshape(-1)[places], objects.number)
+    ring = np.bincount(part, cells.ring.reshape(-1)[places], objects.number)
     in_picture = found.sum() >= max(LEAST_CELLS, least_share * ring.sum())
     in_object = found >= np.maximum(LEAST_CELLS, least_share * ring)
-    return cells.objects.mask(np.where(ring >= OBJECT_RING, in_object, in_picture))
+    return objects.mask(np.where(ring >= OBJECT_RING, in_object, in_picture))
 
 
 def similar(colour: F32, evidence: Mask) -> Mask:
@@ -1714,8 +1685,7 @@ def light_share(plain: F32, doubt: NDArray[Any]) -> F32:
     """
     colour_left, level = np.ptp(plain, axis=0), plain.max(axis=0)
     is_coloured = smoothstep((colour_left - LIGHT_COLOUR - doubt) / LIGHT_RAMP)
-    saturation = colour_left / np.maximum(level, 1)
-    is_vivid = smoothstep((saturation - DULL_SATURATION) / SATURATION_RAMP)
+    is_vivid = smoothstep((colour_left / np.maximum(level, 1) - DULL_SATURATION) / SATURATION_RAMP)
     is_bright = smoothstep((level - DULL_LEVEL) / DULL_RAMP)
     is_lilac = np.minimum(plain[0], plain[2]) - plain[1] > LILAC
     share: F32 = is_coloured * np.where(is_lilac, 1, np.maximum(is_vivid, is_bright))
@@ -1836,8 +1806,7 @@ def settle(alpha: F32) -> F32:
 def straight(planes: Planes, mixture: Mixture, alpha: F32) -> tuple[Planes, U8]:
     """8-bit straight colour and alpha; what the model calls opaque keeps the input's very values.
 
-    What is only settled to opaque is still a mixture, and so is the rim in chroma stored coarsely;
-    either would show the key.
+    Not so what was only settled to opaque, and the rim in coarse chroma: either shows the key.
     """
     mixed_share = np.rint(alpha * 255).astype(np.uint8)
     is_mixed, matte = (mixed_share > 0) & (mixed_share < 255), mixed_share
@@ -2731,9 +2700,8 @@ class Workers:
 
 def run_jobs(jobs: Sequence[Task]) -> Generator[Outcome]:
     """Yield the outcomes in the order of the jobs; several pictures share the cores."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    on_all = not hasattr(os, "sched_getaffinity")
+    cores = (os.cpu_count() or 1) if on_all else len(os.sched_getaffinity(0))
     number = min(cores, len(jobs))
     if number == 1:
         yield from map(written, map(outcome_of, jobs))
