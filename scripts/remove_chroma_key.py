@@ -1326,7 +1326,7 @@ LEAST_POCKET = 40  # pixels of an enclosed area, without its rim; 16: -1 dB in l
 POCKET_LIMITS = ((200, 36), (1000, 15), (math.inf, 7))  # pixels, levels: the medians and a quarter
 POCKET_GAPS = (1, 3, 5)  # half the pixels of a gap that is closed; 1 alone: a third more haze
 # Areas, too small to be told by their mean, that are off the key without being enclosed:
-FAINT_DISTANCE = 34  # levels from the key; 30: a sixth more haze; 38: -0.1 dB
+FAINT_FROM, FAINT_DISTANCE = 4, 34  # levels from the key; to 30: more haze; to 38: -0.1 dB
 FLAT_LEVELS = 1  # levels, and a grain, by which an island goes up and down; 2: alike
 MOST_ISLAND = 200  # pixels; 100: alike
 GROUND_STEP, TOP_GROUND = 10, 15  # levels that are more than noise, and those of the ground
@@ -1370,7 +1370,7 @@ def squares(field: NDArray[Any], combine: np.ufunc) -> NDArray[Any]:
 
 def islands_of(colour: F32, distance: U8, grain: float) -> Mask:
     """Find small areas that are flat, though not quite the key: edges are steep, veils wide."""
-    flat = squares(distance <= FAINT_DISTANCE, np.logical_and)
+    flat = squares((distance > FAINT_FROM) & (distance <= FAINT_DISTANCE), np.logical_and)
     for plane in colour:
         flat &= squares(plane, np.maximum) - squares(plane, np.minimum) <= FLAT_LEVELS + grain
     parts = parts_of(squares(np.pad(flat, 1), np.logical_or))
