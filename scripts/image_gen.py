@@ -48,9 +48,11 @@ The file, from top to bottom; a section uses only what stands above it:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
 import io
+import itertools
 import json
 import os
 import re
@@ -60,7 +62,6 @@ import unicodedata
 from contextlib import (
     AsyncExitStack,
     ExitStack,
-    aclosing,
     asynccontextmanager,
     contextmanager,
     nullcontext,
@@ -68,7 +69,7 @@ from contextlib import (
 )
 from datetime import date, datetime, timezone
 from enum import Enum
-from itertools import chain, count, pairwise
+from itertools import chain, count
 from math import ceil, log
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -1214,6 +1215,8 @@ MEANT = {
     "--images": ("--image", "--n"),
     "--negative-prompt": ("--negative",),
     "-p": ("--prompt", "--input"),
+    "--remake": ("--force",),
+    "--input": "give a picture by edit --image, a prompt by --prompt-file",
     "--seed": "the API has none; make variants with --n",
     "--api-key": "set OPENAI_API_KEY in the environment",
     "--key": "set OPENAI_API_KEY in the environment",
@@ -1310,7 +1313,7 @@ def check_words(words: Sequence[str], program: str) -> None:
         every = [option for group in COMMANDS[first].groups.values() for option in group]
         valued = {option.flag for option in every if option.convert}
         known = {*(option.flag for option in every), "-h", "--help", "--augment", "--no-augment"}
-        for before, word in pairwise(words):
+        for before, word in itertools.pairwise(words):
             name = word.partition("=")[0]
             if (
                 word.startswith("-")
@@ -1491,7 +1494,8 @@ def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def parse_job_line(line: str | UnicodeDecodeError) -> dict[str, Any]:
     """Return the keys of one job: an object, a JSON string, or plain text as its prompt."""
     if isinstance(line, UnicodeDecodeError):
-        raise ImageGenError(f"is not UTF-8 ({line.reason} at byte {line.start})")
+        way = "if it is of Windows: iconv -f CP1252 -t UTF-8"
+        raise ImageGenError(f"is not UTF-8 ({line.reason} at byte {line.start}); {way}")
     try:
         job = json.loads(
             line, parse_constant=no_constant, parse_int=json_number, object_pairs_hook=no_duplicates
@@ -1551,10 +1555,10 @@ def convert_job(job: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 def slugify(title: str) -> str:
     """Make a file name of a prompt; of its own script's letters where it has no others."""
     slug = re.sub(r"[^a-z0-9]+", "-", title[:80].lower()).strip("-")
-    if not slug:
+    if not slug and any(map(str.isalnum, title[:80])):
         composed = unicodedata.normalize("NFC", title[:80]).lower()
         kept = (c if unicodedata.category(c)[0] in "LMN" else "-" for c in composed)
-        slug = re.sub("-+", "-", "".join(kept)).strip("-")
+        slug = re.sub("-+", "-", re.sub("[\ufe00-\ufe0f]", "", "".join(kept))).strip("-")
     short = slug[:60].encode()[:MAX_SLUG_BYTES].decode(errors="ignore")
     return short.strip("-") or "job"
 
@@ -1692,7 +1696,7 @@ class Shape:
         found = {
             "UTF-16 or UTF-32": bool(self.encoding),
             "no text": BINARY.match(self.head) is not None,
-            "lines that end with CR": not several and "\r" in self.lines[0],
+            "lines that end with CR": b"\r" in self.head and b"\n" not in self.head,
             "a code fence": sum(FENCE.match(line) is not None for line in self.lines) > 1,
             "JSON over several lines": several and self.is_json,
             "a Markdown table": any(TABLE_RULE.match(line) for line in self.lines),
@@ -2737,7 +2741,8 @@ def check_abilities(request: ImageRequest, family: ModelFamily) -> Iterator[str]
             "comes (remove_chroma_key.py --inspect)"
         )
     elif request.background == "transparent" and not family.transparent:
-        models = models_with(lambda row: row.transparent is not False)
+        models = models_with(lambda row: row.transparent is True)
+        models += f"; perhaps {models_with(lambda row: row.transparent is None)}"
         yield (
             f"background transparent is not supported by {model}; use a --model that has it "
             f"({models}), or ask for a flat key colour and cut it out with remove_chroma_key.py"
@@ -2986,6 +2991,8 @@ def check_run(options: RunOptions) -> Iterator[str]:
         )
     elif max_dim is not None and ("/" in suffix or os.sep in suffix):
         yield f"--downscale-suffix {suffix}: no path separator, please"
+    if options.downscale_format is not None and max_dim is None:
+        yield "--downscale-format needs --downscale-max-dim"
     if options.remake and options.force:
         yield "--remake and --force are both given; --remake keeps what --force replaces"
     sheet = options.contact_sheet
@@ -3028,7 +3035,7 @@ def check_cost(plan: Plan, options: RunOptions) -> Iterator[tuple[int, str]]:
     if exceeds(bound, cap) and not problems:
         images = counted(sum(len(job.missing) for job in plan.to_send), "image")
         most = f"{images} can cost {enough(bound)} with prompts and input images"
-        way_on = "raise it, or ask for fewer, smaller or lower ones"
+        way_on = "raise it, or ask for fewer, smaller or plainer ones (--quality low)"
         yield 0, f"--max-cost {cap:.9g}: {most} (prices of {PRICES_DATE}); {way_on}"
 
 
@@ -5152,7 +5159,7 @@ LASTING = (
 )
 # When it makes sense to repeat the command, after what is not mended by time alone.
 CONDITIONS = {
-    "moderation": "after the refused job has been changed",
+    "moderation": "after the refused job has been changed or removed",
     "invalid_request": "after the job has been changed",
     "input": "after the input image has been put back",
     "unknown_model": "with another model",
@@ -5240,6 +5247,9 @@ class Report:
             wrote = [json.dumps(as_record(outcome), allow_nan=False)]
         for line in wrote:
             self.result(line)
+        for output in outcome.job.missing if isinstance(outcome, Done) else ():
+            if output.archive:
+                self.note(f"{output.path}: the former image is kept as {output.archive}")
         seen = not self.options.json and sys.stdout.isatty()  # each path once
         if self.terminal and isinstance(outcome, Done) and not seen:
             self.note(f"[{self.ended}/{self.total}] {duration(delivery.seconds)} {listing(images)}")
@@ -5338,7 +5348,7 @@ class Report:
         """Tell of a pause for the rate limit, once for all jobs; of the next ones now and then."""
         now = self.clock()
         self.waiting_until = now + delay
-        if self.terminal or now - self.told_of_pause >= PROGRESS_SECONDS:
+        if self.terminal or (delay >= 0.05 and now - self.told_of_pause >= PROGRESS_SECONDS):
             self.told_of_pause = now
             then = "then go on at the pace that is accepted"
             self.note(f"rate limit: all jobs wait {delay:.1f} s, {then}")
@@ -5406,6 +5416,7 @@ class Captions:
 
     def __init__(self) -> None:
         self.fonts: list[Any] = [ImageFont.load_default(CAPTION_PIXELS)]
+        self.sought: set[str] = set()  # characters for which fonts have been looked for
 
     def lacks(self, font: Any, text: str) -> list[str]:  # noqa: ANN401
         """Return the characters that a font draws as it draws what does not exist."""
@@ -5427,7 +5438,9 @@ class Captions:
             if not self.lacks(font, text):
                 return text, font
         missing = self.lacks(self.fonts[0], text)
-        for name in self.font_files(missing):
+        names = () if self.sought.issuperset(missing) else self.font_files(missing)
+        self.sought.update(missing)
+        for name in names:
             with suppress(OSError):
                 font = ImageFont.truetype(name, CAPTION_PIXELS)
                 if not self.lacks(font, text):
@@ -5777,6 +5790,8 @@ def signals_taken(run: Run) -> Iterator[None]:
     """Let Ctrl-C, SIGTERM and SIGHUP end the run in order."""
     loop = asyncio.get_running_loop()
     before = {}
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        run.report.note(f"Ctrl-C is ignored here (as after &); to stop: kill -TERM {os.getpid()}")
     with suppress(ValueError):  # only the main thread has signals
         for name in ending_signals():
             before[name] = signal.signal(name, lambda *_: loop.call_soon_threadsafe(run.interrupt))
@@ -6679,9 +6694,11 @@ class BatchClient:
                 if shard.stage in (Stage.UPLOADED, Stage.CREATING):
                     await self.create(shard)
             except JobError as error:
-                stops = error.action == "stop run"
+                failure, stops = error.failure, error.action == "stop run"
+                if not self.run.channel.reached:
+                    failure = failure._replace(message=f"{failure.message}; {UNREACHABLE}")
                 for refused in submission.shards[shard.index :] if stops else [shard]:
-                    refused.refusal = error.failure
+                    refused.refusal = failure
                 if stops:
                     return
 
@@ -7118,7 +7135,9 @@ class BatchClient:
         while True:
             patience.begin()
             try:
-                async with aclosing(self.lines_of(file_id, offsets.get(file_id, 0))) as lines:
+                async with contextlib.aclosing(
+                    self.lines_of(file_id, offsets.get(file_id, 0))
+                ) as lines:
                     async for line, is_whole in lines:
                         await self.make_room(work, line.size)
                         self.run.halt.check()
@@ -7317,7 +7336,7 @@ class BatchClient:
         if not job.missing or (collected and all(saved_file(item.path) for item in job.outputs)):
             return job._replace(missing=()), at_rest(job)
         if shard and shard.refusal and not batch_id:
-            held_back = shard.refusal.kind == "max_cost"
+            held_back = shard.refusal.kind in ("max_cost", "connection")
             return job, Delivery(failure=shard.refusal, held_back=held_back)
         if collected:
             message = f"batch {batch_id} is collected; its image is not on disk"
@@ -7428,7 +7447,7 @@ def run_plan(plan: Plan, submission: Submission | None, report: Report) -> int:
             signal.signal(name, signal.default_int_handler)
     work = run_batches(plan, submission, report) if submission else run_jobs(plan, report)
     outcomes = asyncio.run(work)
-    if plan.sheet is not None:
+    if plan.sheet is not None and not report.unfinished:
         try:
             write_contact_sheet(plan.sheet, all_outcomes(plan, outcomes), report)
         except KeyboardInterrupt:

@@ -2230,7 +2230,9 @@ def about_leftovers(check: AlphaCheck) -> Iterator[Complaint]:
     """Find out that something of the background was left."""
     if check.haze > HAZE_SHARE:
         yield Complaint(
-            "look", f"a haze covers {check.haze:.2%} of it beside the subject; {CUT_OUT}"
+            "look",
+            f"a haze covers {check.haze:.2%} of it beside the subject, if that is no soft edge: "
+            f"look at it, or {CUT_OUT}",
         )
     if check.key_left is not None:
         yield from about_rim(check.rim_tint, check.key_left)

@@ -677,7 +677,10 @@ def size_problems(o: Order) -> Problems:
             yield "size", "must have edges that are multiples of 16"
         if max(width, height) > 3 * min(width, height):
             yield "size", "must have a ratio of at most 3:1"
-        if max(width, height) > 3840 or not 655_360 <= width * height <= 8_294_400:
+        if o.output_format == "gif":  # the frames share one sheet, of about nine such squares
+            if width * height > 960 * 960:
+                yield "size", "must be smaller for a gif"
+        elif max(width, height) > 3840 or not 655_360 <= width * height <= 8_294_400:
             yield "size", "must have 655,360 to 8,294,400 pixels and edges of at most 3840"
 
 

@@ -335,7 +335,8 @@ def test_more_than_the_cap_is_refused_with_the_estimate(
     result = run(*live.batch(20, *SQUARE, "--max-cost", "1", *dry_run))
     assert re.fullmatch(
         r"--max-cost 1: 20 images can cost \$1\.06 with prompts and input images "
-        r"\(prices of 2026-11-25\); raise it, or ask for fewer, smaller or lower ones",
+        r"\(prices of 2026-11-25\); raise it, or ask for fewer, smaller or plainer ones "
+        r"\(--quality low\)",
         dry.problem(result),
     )
     assert (api.requests, os.path.exists("out")) == ([], False)

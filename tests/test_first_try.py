@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import sys
@@ -223,6 +224,7 @@ def test_jobs_come_from_standard_input_and_the_run_is_repeated_by_piping_again(
         ("बर्फ में लोमड़ी", "001-बर्फ-में-लोमड़ी.png"),
         ("!!!", "001-job.png"),
         ("🦊", "001-job.png"),
+        ("❤️ ☀️", "001-job.png"),
         ("狐" * 90, f"001-{'狐' * 60}.png"),
         ("𓃬" * 90, f"001-{'𓃬' * 45}.png"),
         ("Fuchs 狐", "001-fuchs.png"),
@@ -449,6 +451,26 @@ def test_a_small_image_is_converted_too(run: Run, api: ImagesAPI) -> None:
     assert Path("fox-web.webp").read_bytes()[8:12] == b"WEBP"
     assert live.size_of("fox-web.webp") == (64, 64)
     assert len(api.requests) == 1
+
+
+def test_a_format_of_copies_needs_copies(run: Run) -> None:
+    problem = dry.problem(dry.generate(run, "--downscale-format", "webp"))
+    assert problem == "--downscale-format needs --downscale-max-dim"
+
+
+def test_what_stands_above_the_guard_is_there_in_old_pythons() -> None:
+    """An import that Python 3.8 does not have would come before the sentence on its version."""
+    text = (SCRIPTS / "image_gen.py").read_text(encoding="utf-8")
+    above = ast.parse(text.partition("if sys.version_info")[0])
+    names = {
+        f"{node.module}.{alias.name}"
+        for node in above.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    newer = {"contextlib.aclosing", "contextlib.chdir", "itertools.pairwise", "itertools.batched"}
+    newer |= {"datetime.UTC", "enum.StrEnum", "functools.cache", "typing.Self", "typing.TypeAlias"}
+    assert names & newer == set()
 
 
 @pytest.mark.parametrize("kind", ["gif", "svg", "bmp"])

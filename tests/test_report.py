@@ -127,7 +127,9 @@ def test_without_a_terminal_failures_and_a_summary_are_all_that_is_said(
     assert said[1].startswith(
         f"3 jobs: 2 done, 1 failed (moderation); 2 images, {tokens:,} tokens, "
     )
-    assert said[2].startswith("After the refused job has been changed: repeat the command")
+    assert said[2].startswith(
+        "After the refused job has been changed or removed: repeat the command"
+    )
     assert len(said) == 3
 
 
