@@ -683,6 +683,7 @@ class Derived(NamedTuple):
     path: str
     kind: Literal["copy", "kept"]  # downscaled; with the unmasked part of the input
     of: str  # the path that was planned for what it is made of
+    format: str | None = None  # of a copy; None: as what it is made of
     replace: bool = False  # whatever stands under the name
 
 
@@ -1138,7 +1139,7 @@ BATCH = (
     Option(
         "--input FILE",
         as_path,
-        "JSONL, one job a line: an object, a string or plain text; at most "
+        "JSONL (- for stdin), one job a line: an object, a string or plain text; at most "
         f"{MAX_JOBS}, {MAX_BATCH_API_JOBS:,} with --batch-api",
         more={"required": True},
     ),
@@ -1369,8 +1370,13 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             word = unknown[0]
             known = [option.flag for option in options_of(parsed.command)]
-            image = "--image" in known and name_format(word) is not None
-            hint = "repeat --image for each file" if image else f"did you mean {known[0]}?"
+            hint = f"did you mean {known[0]}?"
+            if name_format(word):
+                hint = (
+                    "did you mean --out?"
+                    if "--image" not in known
+                    else "repeat --image for each file"
+                )
             self.error(f"unknown {received(word)}: {hint}", parsed.command)
         return parsed
 
@@ -1513,7 +1519,8 @@ def parse_job_line(line: str | UnicodeDecodeError) -> dict[str, Any]:
         return {"prompt": job}
     if isinstance(job, dict):
         return job
-    raise ImageGenError(f"has to be an object, a string or plain text, not {received(job)}")
+    way = "; write each of its entries as a line" if isinstance(job, list) else ""
+    raise ImageGenError(f"has to be an object, a string or plain text, not {received(job)}{way}")
 
 
 def unknown_keys(keys: Iterable[str], known: Sequence[str]) -> Iterator[str]:
@@ -1564,7 +1571,9 @@ def slugify(title: str) -> str:
 
 
 # A byte order mark, zero-width characters and the like, which files that were joined have.
-INVISIBLE = re.compile(r"^[\s\u00ad\u200b-\u200f\u2060\ufeff]+")
+INVISIBLE = re.compile(
+    r"^[\s\x00-\x1f\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\ufffe]+"
+)
 
 
 def job_lines(file: Iterable[bytes]) -> Iterator[tuple[int, str | UnicodeDecodeError]]:
@@ -1638,7 +1647,7 @@ class Shape:
         if self.head.startswith((b"\xff\xfe", b"\xfe\xff")):
             return "UTF-16"
         even, odd = self.head[::2].count(0), self.head[1::2].count(0)
-        if 4 * max(even, odd) < len(self.head):
+        if 4 * max(even, odd) < len(self.head) or 8 * min(even, odd) > len(self.head):
             return ""
         return "UTF-16BE" if even > odd else "UTF-16LE"
 
@@ -1695,7 +1704,8 @@ class Shape:
         several = len(self.lines) > 1
         found = {
             "UTF-16 or UTF-32": bool(self.encoding),
-            "no text": BINARY.match(self.head) is not None,
+            "no text": BINARY.match(self.head) is not None
+            or 4 * self.head.count(0) > len(self.head),
             "lines that end with CR": b"\r" in self.head and b"\n" not in self.head,
             "a code fence": sum(FENCE.match(line) is not None for line in self.lines) > 1,
             "JSON over several lines": several and self.is_json,
@@ -2022,13 +2032,12 @@ def derived_of(path: str, request: ImageRequest, options: RunOptions) -> Iterato
     """Yield what is made of an image at a path, each behind what it is made of."""
     suffix, kept = options.downscale_suffix, with_format(beside(path, "-kept"), "png")
     dashed = suffix if suffix.startswith(("-", "_")) else f"-{suffix}"
-    copy_format = None if request.output_format == "gif" else options.downscale_format
-    if options.downscale_max_dim is not None:
-        yield Derived(with_format(beside(path, dashed), copy_format), "copy", path)
+    wanted = None if request.output_format == "gif" else options.downscale_format
     if request.keep_unmasked:
         yield Derived(kept, "kept", path)
-    if request.keep_unmasked and options.downscale_max_dim is not None:
-        yield Derived(with_format(beside(kept, dashed), copy_format), "copy", kept)
+    for original in (path, kept) if request.keep_unmasked else (path,):
+        if options.downscale_max_dim is not None:
+            yield Derived(with_format(beside(original, dashed), wanted), "copy", original, wanted)
 
 
 def output_at(path: str, planned: str, job: Job, options: RunOptions) -> Output:
@@ -4314,9 +4323,9 @@ def differences(request: ImageRequest, picture: Picture) -> Iterator[str]:
         yield "asked for a transparent background, got an image that is opaque everywhere"
 
 
-def is_opaque(content: bytes) -> bool:
+def is_opaque(content: bytes, seen: Picture) -> bool:
     """Tell whether no pixel of an image is transparent, where Pillow is there to say so."""
-    if not has_pillow():
+    if not has_pillow() or seen.width * seen.height > MAX_COPY_PIXELS:
         return False
     with suppress(Exception), Image.open(io.BytesIO(content)) as picture:
         return picture.convert("RGBA").getchannel("A").getextrema() == (255, 255)
@@ -4360,14 +4369,14 @@ def encoded_picture(
     return buffer.getvalue()
 
 
-def downscale(content: bytes, original: Saved, max_dim: int, kind: str = "") -> bytes:
+def downscale(content: bytes, original: Saved, max_dim: int, kind: str | None = None) -> bytes:
     """Return a copy whose longer edge is at most max_dim, in its own format or another one.
 
     An image that is small enough is returned as it is. Frames of a GIF that look the same become
     one, which is shown as long.
     Raises what Pillow raises for an image that it cannot read, a ValueError for one too large.
     """
-    kind = original.format if original.format == "gif" else kind or original.format
+    kind = kind or original.format
     if max(original.width, original.height) <= max_dim and original.format == kind:
         return content
     if original.width * original.height > MAX_COPY_PIXELS:
@@ -4380,7 +4389,7 @@ def downscale(content: bytes, original: Saved, max_dim: int, kind: str = "") -> 
         profile = source.info.get("icc_profile")
         if profile and source.mode != "CMYK":
             options["icc_profile"] = profile
-        if original.format == "gif":
+        if kind == "gif":
             frames = [
                 (scaled(frame.convert("RGBA"), max_dim), frame.info.get("duration", 0))
                 for frame in ImageSequence.Iterator(source)
@@ -4816,8 +4825,8 @@ def save_image(
             name = give_name(temporary, output, request, names, note and note.about(content))
     except OSError as error:
         raise unwritten(target, content, error) from None
-    if request.background == "transparent" and is_opaque(content):
-        picture = picture._replace(alpha=False)
+    if request.background == "transparent" and picture.alpha:
+        picture = picture._replace(alpha=not is_opaque(content, picture))
     saved = Saved(name, len(content), picture.width, picture.height, picture.format, picture.alpha)
     return saved, [f"{name}: {surprise}" for surprise in differences(request, picture)]
 
@@ -4986,10 +4995,8 @@ def save_derived(
             return there
         made = keep_unmasked(original, request) if keeps else b""
         if not keeps:
-            converts = name_format(name) != name_format(original.path)
             with open(original.path, "rb") as file:
-                kind = name_format(name) if converts else original.format
-                made = downscale(file.read(), original, max_dim, kind or "")
+                made = downscale(file.read(), original, max_dim, derived.format)
         name = write_file(name, made, replace=derived.replace)
         return saved_file(name) or Saved(name, len(made), 0, 0, "png", alpha=False)
     except Exception as error:  # Pillow meets damage with many kinds
@@ -5429,7 +5436,7 @@ class Captions:
         codes = " ".join(f"{ord(c):x}" for c in characters)
         with suppress(OSError, subprocess.SubprocessError):
             command = ["fc-match", "--format=%{file}", f":charset={codes}"]
-            yield subprocess.run(command, capture_output=True, text=True, timeout=5).stdout
+            yield os.fsdecode(subprocess.run(command, capture_output=True, timeout=5).stdout)
         yield from SYSTEM_FONTS
 
     def choose(self, text: str) -> tuple[str, Any]:
@@ -6329,15 +6336,18 @@ def part_digest(part: Part) -> str:
     return digest if part.mask_edits == MASK_EDITS[0] else f"{digest}-{part.mask_edits}"
 
 
-def job_digests(jobs: Iterable[Job]) -> dict[int, str]:
+def job_digests(jobs: Iterable[Job], *, before_scripts: bool = False) -> dict[int, str]:
     """Return a digest of all that each job asks for, however much of it is on disk already.
 
-    A job whose input images are gone has an empty one.
+    A job whose input images are gone has an empty one. Before names had letters of other scripts,
+    the automatic ones of their prompts had the word job in their place.
     """
     digests = {}
     for job in jobs:
         request = job.request
         names = [os.path.basename(output.planned) for output in job.outputs]
+        if before_scripts and job.automatic and not (job.name or "").isascii():
+            names = [name.replace(job.name or "", f"{job.number:03d}-job") for name in names]
         try:
             files = [part_digest(part) for part in request.parts]
         except OSError:
@@ -6354,13 +6364,15 @@ def changed_jobs(submission: Submission, jobs: Sequence[Job]) -> str:
         if submission.only is not None:
             return f"it was begun with --only {submission.only}"
         return f"there are {counted(len(jobs), 'job')} instead of {len(submission.digests):,}"
-    digests = job_digests(jobs)
-    changed = [
-        job
-        for job in jobs
-        if digests[job.number] not in ("", submission.digests[job.number])
-        or any(variant >= len(job.outputs) for variant in submission.variants.get(job.number, ()))
-    ]
+    changed = list(jobs)
+    for before_scripts in (False, True):
+        digests = job_digests(changed, before_scripts=before_scripts)
+        changed = [
+            job
+            for job in changed
+            if digests[job.number] not in ("", submission.digests[job.number])
+            or any(n >= len(job.outputs) for n in submission.variants.get(job.number, ()))
+        ]
     if not changed:
         return ""
     return f"{counted(len(changed), 'job')} changed, first that of {changed[0].where.strip(': ')}"
@@ -7563,7 +7575,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    if argv is None and not sys.getfilesystemencoding().startswith("utf"):  # names would fail
+    if argv is None and sys.getfilesystemencoding() == "ascii":  # names would fail
         again = [sys.executable, "-X", "utf8", *sys.orig_argv[1:]]
         os.execv(sys.executable, again)  # noqa: S606 - itself
     words = sys.argv[1:] if argv is None else argv

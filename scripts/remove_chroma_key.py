@@ -2736,6 +2736,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    if argv is None and sys.getfilesystemencoding() == "ascii":  # names would be half pairs
+        again = [sys.executable, "-X", "utf8", *sys.orig_argv[1:]]
+        os.execv(sys.executable, again)  # noqa: S606 - itself
     try:
         with signals_taken():
             return run_command(build_parser().parse_args(argv, Arguments()))

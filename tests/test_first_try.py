@@ -15,9 +15,10 @@ import image_gen
 import live
 import pytest
 from cli import SCRIPTS, finished
-from images_api import image_bytes
+from images_api import image_bytes, redrawn
 from inputs import FLARE, encoded, picture
 from PIL import Image
+from queue_api import GOES_ON, made, queued
 
 if TYPE_CHECKING:
     from cli import Run
@@ -196,7 +197,10 @@ def test_odd_lines_stay_prompts(run: Run, lines: list[str]) -> None:
     assert len(shown(run, "\n".join(lines))) == len(lines)
 
 
-@pytest.mark.parametrize("mark", ["\ufeff", "\u200b", "\u2060", "\ufeff\u200b \ufeff", "\u00ad"])
+@pytest.mark.parametrize(
+    "mark",
+    ["\ufeff", "\u200b", "\u2060", "\ufeff\u200b \ufeff", "\u00ad", "\u202a", "\u2066", "\x01"],
+)
 def test_what_nobody_sees_is_dropped_at_the_start_of_every_line(run: Run, mark: str) -> None:
     job = json.dumps({"prompt": RED})
     assert shown(run, f"{mark}{job}\r\n{mark}{job}\r\n{mark}{BLUE}\r\n") == [RED, RED, BLUE]
@@ -283,6 +287,30 @@ def test_a_name_works_where_the_locale_is_ascii(api: ImagesAPI) -> None:
     assert api.requests[0].prompt.endswith("füchse")
 
 
+def test_a_cut_out_is_named_as_it_is_where_the_locale_is_ascii() -> None:
+    Image.new("RGB", (32, 32), "#00ff00").save("狐.png")
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    script = str(SCRIPTS / "remove_chroma_key.py")
+    words = [sys.executable, script, "--input", "狐.png", "--out", "狸.png", "--json"]
+    ended = finished(words, env=env)
+    assert ended.exit_code == 0, ended.stderr
+    assert (ended.json["output"], Path("狸.png").exists()) == ("狸.png", True)
+
+
+def test_a_batch_that_waits_under_former_names_is_collected(
+    run: Run, api: ImagesAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of other scripts were called job before their letters stood in names."""
+    api.plan_batch(GOES_ON)
+    with monkeypatch.context() as patch:
+        patch.setattr(image_gen, "slugify", lambda _: "job")
+        assert run(*queued(["狐", "狸"], "--no-wait")).exit_code == 3
+    api.batches[0].states.append("completed")
+    result = run(*queued(["狐", "狸"], "--no-wait"))
+    assert (result.exit_code, len(api.batches)) == (0, 1), result.stderr
+    assert made() == ["001-狐.png", "002-狸.png"]
+
+
 # Flags
 
 
@@ -303,6 +331,8 @@ def test_a_name_works_where_the_locale_is_ascii(api: ImagesAPI) -> None:
         ("generate", ["--images", "2"], 'unknown "--images": did you mean --n?'),
         ("edit", ["--images", "a.png"], 'unknown "--images": did you mean --image?'),
         ("generate", ["a fox"], 'unknown "a fox": did you mean --prompt?'),
+        ("generate", ["kite.png"], 'unknown "kite.png": did you mean --out?'),
+        ("edit", ["b.png"], 'unknown "b.png": repeat --image for each file'),
         ("generate", ["--qualty", "low"], 'unknown "--qualty": did you mean --quality?'),
         ("generate", ["--negative_prompt", "x"], "did you mean --negative?"),
         ("generate-batch", ["--output", "x"], "did you mean --out-dir?"),
@@ -443,6 +473,23 @@ def test_a_copy_may_have_a_format_of_its_own(run: Run, api: ImagesAPI, kind: str
 
 def dry_format(suffix: str) -> str:
     return "jpeg" if suffix == "jpg" else suffix
+
+
+def test_a_copy_has_the_format_that_was_asked_for_whatever_came(run: Run, api: ImagesAPI) -> None:
+    api.script(redrawn("WEBP"))
+    flags = ("--downscale-max-dim", "32", "--downscale-format", "png", "--json")
+    (copy,) = run(*live.generate(*flags)).json["outputs_downscaled"]
+    assert (copy["path"], copy["format"]) == ("fox-web.png", "png")
+
+
+def test_a_huge_answer_is_not_unpacked_to_look_for_alpha(
+    run: Run, api: ImagesAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_gen, "MAX_COPY_PIXELS", 1000)
+    api.script(image_bytes(lambda _: encoded(Image.new("RGBA", (64, 64), (1, 2, 3, 255)))))
+    flags = ("--model", FLARE, "--background", "transparent", "--json")
+    (image,) = run(*live.generate(*flags)).json["outputs"]
+    assert image["alpha"] is True
 
 
 def test_a_small_image_is_converted_too(run: Run, api: ImagesAPI) -> None:
