@@ -1620,7 +1620,7 @@ TABLE_WORDS = re.compile(
     "提示|描述|编号",
     re.IGNORECASE,
 )
-SAMPLE = 2_000  # lines by which a file is judged, and bytes of each
+SAMPLE = 1_000  # lines by which a file is judged, and bytes of each
 
 
 class Shape:
