@@ -229,7 +229,8 @@ MIN_PIXELS = 655_360
 MAX_PIXELS = 8_294_400
 EXPERIMENTAL_PIXELS = 2560 * 1440
 
-GIF_EDGES = ((9, 960), (12, 816), (16, 720))  # most frames, and the edge of a square that works
+# Of a gif, whose frames share one sheet: most frames, and the edge of a square that users saw work.
+GIF_EDGES = ((9, 960), (12, 816), (16, 720))
 
 BACKGROUNDS = ("transparent", "opaque", "auto")
 MODERATIONS = ("auto", "low")
@@ -1393,14 +1394,15 @@ class Parser(argparse.ArgumentParser):
         exclusive = any(option.exclusive for option in options)
         either = group.add_mutually_exclusive_group() if exclusive else group
         for option in options:
-            name, _, metavar = option.usage.partition(" ")
+            metavar = option.usage.partition(" ")[2]
             kind: dict[str, Any] = {"action": "store_true"}
             if option.convert:
                 kind = {"type": option.convert, "metavar": metavar}
             default = str(option.default or DEFAULTS.get(option.key) or "").removesuffix(".0")
-            explanation = option.help + (f" (default: {default})" if default * option.shown else "")
+            told = f" (default: {default})" if default and option.shown else ""
+            explanation = option.help + told
             add = either.add_argument if option.exclusive else group.add_argument
-            add(name, help=explanation, **{**kind, **option.more})
+            add(option.flag, help=explanation, **{**kind, **option.more})
 
 
 def build_parser(only: str | None = None) -> Parser:
@@ -2653,6 +2655,15 @@ def check_ranges(values: ImageRequest | RunOptions, spell: Callable[[str], str])
             yield f"{spell(key)} {number}: accepted are {low} to {high:,}"
 
 
+def check_gif_area(request: ImageRequest, area: int) -> Iterator[str]:
+    """Warn of what users saw refused: OpenAI gives no numbers."""
+    frames = request.frame_count or 9
+    edge = next((edge for most, edge in GIF_EDGES if frames <= most), GIF_EDGES[-1][1])
+    if area > edge * edge:
+        seen = f"a gif of {frames} frames was refused above {edge}x{edge}"
+        yield Notice(f"size {request.size}: {seen}; the API decides")
+
+
 def check_size(request: ImageRequest, family: ModelFamily) -> Iterator[str]:
     """Check the size against the list of the family, or against the rules of free sizes."""
     size = request.size
@@ -2683,20 +2694,6 @@ def check_size(request: ImageRequest, family: ModelFamily) -> Iterator[str]:
         )
     elif width * height > EXPERIMENTAL_PIXELS:
         yield Notice(f"size {size}: above 2560x1440 pixels the API is experimental")
-
-
-def check_gif_size(request: ImageRequest) -> Iterator[str]:
-    """Warn of what users saw refused: all frames share one sheet, and OpenAI gives no numbers."""
-    frames = request.frame_count or 9
-    edge = next((edge for most, edge in GIF_EDGES if frames <= most), GIF_EDGES[-1][1])
-    edges = edges_of(request.size)
-    if edges is None and request.size not in ("auto", "match"):
-        yield f"size {received(request.size)} has to be auto, match or WIDTHxHEIGHT, e.g. 720x720"
-    elif edges and edges[0] * edges[1] > edge * edge:
-        yield Notice(
-            f"size {request.size}: a gif of {frames} frames was refused above {edge}x{edge}; the "
-            "API decides"
-        )
 
 
 def check_format(request: ImageRequest, options: RunOptions) -> Iterator[str]:
@@ -2798,8 +2795,9 @@ def check_model(request: ImageRequest) -> Iterator[str]:
         successors = listing(name for row in MODEL_FAMILIES for name in row.models if row.variants)
         yield Notice(f"model {model} {ends} {family.shut_down}; use one of {successors}")
     yield from check_abilities(request, family)
-    if request.output_format == "gif" and not family.sizes:
-        yield from check_gif_size(request)
+    edges = edges_of(request.size)
+    if request.output_format == "gif" and edges:
+        yield from check_gif_area(request, edges[0] * edges[1])
     elif request.size != "match":  # which the first image would have decided
         yield from check_size(request, family)
     yield from check_fidelity(request, family)
@@ -4360,7 +4358,8 @@ def encoded_picture(
     elif kind == "png":
         options["pnginfo"] = info = PngImagePlugin.PngInfo()
         info.add_text("Software", mark)
-        info.add_text("Source", made_of) if made_of else None
+        if made_of:
+            info.add_text("Source", made_of)
     else:
         options["exif"] = Image.Exif()
         options["exif"][ExifTags.Base.Software] = mark
@@ -6220,9 +6219,7 @@ class Submission:
         return self.are_all(Stage.SETTLED, Stage.DROPPED)
 
     def to_send(self, jobs: Iterable[Job]) -> tuple[Job, ...]:
-        """Return the jobs that have no batch yet, with the images that are asked for."""
-        if self.is_new:
-            return tuple(job for job in jobs if job.missing)
+        """Return the jobs that have no batch yet, with the images that were to be submitted."""
         ended = (Stage.CREATED, Stage.SETTLED, Stage.DROPPED)
         gone = {n for shard in self.shards if shard.stage in ended for n in shard.numbers}
         left = self.variants.keys() - gone
@@ -7492,15 +7489,6 @@ def recall(
     return [with_digest(job, sent) for job in jobs], memory
 
 
-def jobs_to_send(
-    jobs: Sequence[Job], submission: Submission | None, options: RunOptions
-) -> tuple[Job, ...]:
-    """Return the jobs that are to be paid for, with the images that are asked for."""
-    if submission:
-        return () if options.cancel else submission.to_send(jobs)
-    return tuple(job for job in jobs if job.missing)
-
-
 def plan_command(arguments: Arguments, options: RunOptions) -> tuple[Plan, Submission | None]:
     """Read the jobs, choose those that are meant, and find what is there of their images."""
     read, problems = read_jobs(arguments)
@@ -7530,9 +7518,12 @@ def plan_command(arguments: Arguments, options: RunOptions) -> tuple[Plan, Submi
     ]
     sheet = options.contact_sheet
     chosen_jobs = tuple(job for job in found if job.number in chosen)
+    to_send = tuple(job for job in chosen_jobs if job.missing)
+    if submission is not None and not submission.is_new:
+        to_send = submission.to_send(chosen_jobs)
     plan = Plan(
         jobs=chosen_jobs,
-        to_send=jobs_to_send(chosen_jobs, submission, options),
+        to_send=() if options.cancel else to_send,
         others=tuple(job for job in found if job.number not in chosen),
         memory=memory,
         problems=tuple(problems),
