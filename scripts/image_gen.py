@@ -1618,8 +1618,8 @@ YAML_KEY = re.compile(r"""\s*(- +)?["']?([A-Za-z_-]+)["']?:(\s|$)""")
 QUOTED_ROW = re.compile(r"""("([^"]|"")*"[,;\t|])+("([^"]|"")*"|[^"]*)$""")
 # Words by which the head of a table is known, whatever its language.
 TABLE_WORDS = re.compile(
-    r"prompt|text|descri|beschreib|caption|titel|title|motiv|^(file|datei)?name$|^(id|nr|no|size|image)$|"
-    "提示|描述|编号",
+    r"(.*[_ ])?prompts?([_ (/].*)?|text|descri\w*|beschreib\w*|caption|titel|title|motiv|"
+    r"(file|datei)?name|id|nr\.?|no\.?|size|image|提示词?|描述|编号",
     re.IGNORECASE,
 )
 SAMPLE = 1_000  # lines by which a file is judged, and bytes of each
@@ -1678,7 +1678,7 @@ class Shape:
         quoted = sum(QUOTED_ROW.match(line) is not None for line in self.lines)
         alike = sum(line.count(separator) >= len(fields) - 1 for line in self.lines[1:])
         head = len(fields) > 1 and all(len(field) <= 30 for field in fields)
-        head = head and f"{separator} " not in first and any(map(TABLE_WORDS.search, fields))
+        head = head and f"{separator} " not in first and any(map(TABLE_WORDS.fullmatch, fields))
         return (head and 2 * alike >= len(self.lines) - 1) or quoted > 0.8 * len(self.lines)
 
     @property

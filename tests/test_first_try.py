@@ -56,6 +56,8 @@ FOREIGN = {
         f'prompt,quality\n"{RED}",low\n"A blue kite\nover dunes",low\n',
         f'id;prompt\n1;{RED}\n2;"{BLUE}"\n',
         f"name\tprompt\ta\nx\t{RED}\tb\ny\t{BLUE}\tb\n",
+        f"Prompt (EN),Size (px)\n{RED},auto\nAn owl,auto\n",
+        f"id|image_prompt\n1|{RED}\n2|An owl\n",
         f"Nr;Motiv;Ort\n1;{RED};Kiel\n2;{BLUE};Bern\n",
         f"Dateiname,Beschreibung\na.png,{RED}\nb.png,An owl\n",
         f"编号,提示词\n1,{RED}\n2,An owl\n",
@@ -190,6 +192,7 @@ def test_a_file_that_is_no_utf_8_text_is_refused(run: Run, content: bytes, says:
         ["RIFF raff on a stage"],
         ["GIF89 nostalgia"],
         ["A text on a wall, a title, a name", "An owl, a hare, a fox"],
+        ["A wooden texture,seamless", "A stone texture,seamless"],
     ],
     ids=lambda lines: lines[0],
 )
