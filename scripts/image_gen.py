@@ -2255,10 +2255,12 @@ def read_entry(line: bytes) -> Entry | None:
 
 def add_to(memory: Memory, entry: Entry) -> Memory:
     """Let a folder remember one thing more; the last word on a name counts."""
-    cost = entry.cost_usd or 0.0
+    cost, former = entry.cost_usd or 0.0, memory.entries.get(entry.name)
     if entry.void:
         cost = -cost if memory.entries.pop(entry.name, None) else 0.0
     elif entry.name:
+        if former and former.image == entry.image:  # a line that was merged in twice
+            cost = 0.0
         memory.entries[entry.name] = entry._replace(usage=None, cost_usd=None)
     return memory._replace(spent=memory.spent + cost)
 

@@ -589,3 +589,10 @@ def test_only_the_cap_changes_what_a_failure_is_counted_as(run: Run, api: Images
     assert "1 failed (moderation), 1 failed (server)" in result.stderr.replace(
         "1 failed (server), 1 failed (moderation)", "1 failed (moderation), 1 failed (server)"
     )
+
+
+def test_a_manifest_that_was_merged_with_itself_counts_once(run: Run, api: ImagesAPI) -> None:
+    assert run(*live.batch(2, *SMALL)).exit_code == 0
+    manifest = Path("out", image_gen.MANIFEST_NAME)
+    manifest.write_bytes(manifest.read_bytes() * 2)
+    assert image_gen.read_manifest("out").spent == pytest.approx(api.billed)
