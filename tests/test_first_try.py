@@ -129,8 +129,13 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["jobs.jsonl", "my 'list'.txt"])
-@pytest.mark.parametrize(("kind", "content"), WAYS)
+@pytest.mark.parametrize(
+    ("name", "kind", "content"),
+    [
+        *[("jobs.jsonl", *way) for way in WAYS],
+        *[("my 'list'.txt", kind, FOREIGN[kind][0]) for kind in dict(WAYS)],
+    ],
+)
 def test_the_way_to_jsonl_is_one_and_leaves_the_file_alone(
     run: Run, kind: str, content: str, name: str
 ) -> None:
