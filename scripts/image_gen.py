@@ -297,7 +297,6 @@ class ModelFamily(NamedTuple):
 
 
 OLD_SIZES = ("1024x1024", "1536x1024", "1024x1536", "auto")
-USUAL_EDGES = ((1024, 1024), (1536, 1024), (1024, 1536))  # what auto often comes to
 QUALITIES = ("low", "medium", "high", "xhigh", "max", "auto")
 VARIANTS = ("sunburst", "flare")
 
@@ -568,7 +567,12 @@ class Part(NamedTuple):
 
     role: str
     path: str
-    mask_edits: str = "transparent"
+    mask_edits: str = MASK_EDITS[0]
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether something is sent that is made of the file."""
+        return self.mask_edits != MASK_EDITS[0]
 
 
 class ImageRequest(NamedTuple):
@@ -593,7 +597,7 @@ class ImageRequest(NamedTuple):
     input_fidelity: str | None = None
     image: Sequence[str] = ()
     mask: str | None = None
-    mask_edits: str = "transparent"
+    mask_edits: str = MASK_EDITS[0]
     keep_unmasked: bool = False
     markup: str | None = None
 
@@ -1284,15 +1288,14 @@ EXIT_CODES = MANUAL[MANUAL.find("exit codes:") : MANUAL.find("\n\nThe file")]
 
 
 def options_of(command: str) -> list[Option]:
-    """Return the flags of a subcommand that its help lists."""
-    groups = COMMANDS[command].groups.values()
-    return [option for group in groups for option in group if option.shown]
+    """Return the flags of a subcommand, those included that its help does not list."""
+    return [option for group in COMMANDS[command].groups.values() for option in group]
 
 
 def guess(flag_name: str, command: str) -> str:
     """Say which flag of a subcommand was probably meant, if one was."""
     name = flag_name.lower().replace("_", "-")
-    known = [option.flag for option in options_of(command)]
+    known = [option.flag for option in options_of(command) if option.shown]
     told = MEANT.get(name, ())
     if isinstance(told, str):
         return told
@@ -1312,7 +1315,7 @@ def check_words(words: Sequence[str], program: str) -> None:
         said = redacted(first)[:40]
         raise UsageError(f"the first word has to be {' or '.join(COMMANDS)}, not {said!r}{hint}")
     if first in COMMANDS:
-        every = [option for group in COMMANDS[first].groups.values() for option in group]
+        every = options_of(first)
         valued = {option.flag for option in every if option.convert}
         known = {*(option.flag for option in every), "-h", "--help", "--augment", "--no-augment"}
         for before, word in itertools.pairwise(words):
@@ -1370,7 +1373,7 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             word = unknown[0]
-            known = [option.flag for option in options_of(parsed.command)]
+            known = [option.flag for option in options_of(parsed.command) if option.shown]
             hint = f"did you mean {known[0]}?"
             if name_format(word):
                 hint = (
@@ -2058,6 +2061,7 @@ def fit(width: int, height: int, picture: Picture) -> bool:
     return abs(width * picture.height / (height * picture.width) - 1) <= MATCHING + 1e-9
 
 
+@functools.cache  # of the inputs of a command, which many jobs may share
 def nearest_size(picture: Picture, sizes: Sequence[str]) -> str:
     """Return the size that is nearest to a picture's aspect and area: one of some, or a free one.
 
@@ -2084,12 +2088,12 @@ def nearest_size(picture: Picture, sizes: Sequence[str]) -> str:
     return "{}x{}".format(*min(legal, key=distance))
 
 
-def match_size(job: Job) -> Job:
+def match_size(job: Job, look: Callable[[str], Picture | None]) -> Job:
     """Give a job that asks for the size of its first input image the nearest that can be made."""
     request = job.request
     if request.size != "match" or not request.image:
         return job
-    picture = probe_file(request.image[0])
+    picture = look(request.image[0])
     if picture is None or not picture.width * picture.height:  # preflight says so
         return job
     family = model_family(request.model) or MODEL_FAMILIES[0]
@@ -2218,10 +2222,11 @@ def with_digest(job: Job, known: Mapping[str, str]) -> Job:
     asked["endpoint"] = request.endpoint
     asked["prompt"] = hashlib.sha256(request.prompt.encode()).hexdigest()
     try:
-        for role, name, mask_edits in request.parts:
-            asked.setdefault(role, []).append(known.get(name) or file_digest(name))
-            if mask_edits != MASK_EDITS[0]:
-                asked["mask_edits"] = mask_edits
+        for part in request.parts:
+            digest = known.get(part.path) or file_digest(part.path)
+            asked.setdefault(part.role, []).append(digest)
+            if part.is_converted:
+                asked["mask_edits"] = part.mask_edits
     except (OSError, ValueError):  # preflight says so
         return job._replace(asked={}, digest="")
     content = json.dumps(asked, sort_keys=True).encode()
@@ -2491,6 +2496,11 @@ def bound_of(request: ImageRequest, options: RunOptions) -> float:
     return whole * options.price_share if most else 0.0
 
 
+def bound_of_all(jobs: Iterable[Job], options: RunOptions) -> float:
+    """Return the most that the missing images of jobs can cost, in dollars."""
+    return sum(bound_of(job.wanted, options) for job in jobs)
+
+
 def cost_of(
     request: ImageRequest, usage: Mapping[str, Any] | None, options: RunOptions
 ) -> float | None:
@@ -2741,9 +2751,7 @@ def check_abilities(request: ImageRequest, family: ModelFamily) -> Iterator[str]
         if not able(family):
             models = models_with(able)
             yield refusal + (f"; models with it: {models}" if models else "")
-    if request.background == "transparent" and (
-        family.transparent is None or model_family(model) is None
-    ):
+    if request.background == "transparent" and family.transparent is None:
         yield Notice(
             f"background transparent: {model} is not known to have it; look at the alpha of what "
             "comes (remove_chroma_key.py --inspect)"
@@ -2946,7 +2954,7 @@ def check_mask(called: str, picture: Picture, request: ImageRequest) -> Iterator
     elif by_alpha and look.least == 255:
         what = "nothing would be edited, it is opaque everywhere"
         yield f"{called}: {what}; {mask_hint(request)}"
-    elif look.share == 0 and not (by_alpha and not request.keep_unmasked):
+    elif look.share == 0 and (request.keep_unmasked or not by_alpha):
         yield f"{called}: nothing would be edited, it is nowhere more than half {part}"
     elif look.share == 0:
         yield Notice(f"{called} is nowhere more than half {part}: little may be edited")
@@ -2969,6 +2977,7 @@ def check_aspect(request: ImageRequest, inspect: Callable[[str], InputFile]) -> 
     sizes = (model_family(request.model) or MODEL_FAMILIES[0]).sizes
     nearest, edges = nearest_size(picture, sizes), edges_of(request.size)
     asked = edges_of(nearest)
+    usual = filter(None, map(edges_of, OLD_SIZES))  # what auto often comes to
     hint = f"{flag('size')} match asks for {nearest}"
     if asked and not fit(*asked, picture):
         model = " or take a model with free sizes" if sizes else ""
@@ -2977,7 +2986,7 @@ def check_aspect(request: ImageRequest, inspect: Callable[[str], InputFile]) -> 
     other = f"has another aspect than {name} ({picture.size}); {hint}"
     if edges and request.keep_unmasked and not fit(*edges, picture):
         yield f"keep_unmasked: size {request.size} {other}"
-    elif request.size == "auto" and not any(fit(*each, picture) for each in USUAL_EDGES):
+    elif request.size == "auto" and not any(fit(*each, picture) for each in usual):
         yield Notice(
             f"size auto may come back in another aspect than {name} ({picture.size}); {hint}"
         )
@@ -3040,7 +3049,7 @@ def check_cost(plan: Plan, options: RunOptions) -> Iterator[tuple[int, str]]:
         return
     problems = [(job.line, said) for job in plan.to_send for said in check_bound(job.request)]
     yield from problems
-    bound = sum(bound_of(job.wanted, options) for job in plan.to_send)
+    bound = bound_of_all(plan.to_send, options)
     if exceeds(bound, cap) and not problems:
         images = counted(sum(len(job.missing) for job in plan.to_send), "image")
         most = f"{images} can cost {enough(bound)} with prompts and input images"
@@ -3713,18 +3722,23 @@ class Budget:
         self.open: dict[object, float] = {}  # by request in flight
         self.turn = asyncio.Lock()
 
+    @property
+    def committed(self) -> float:
+        """What is spent, or held for what is in flight."""
+        return self.spent + sum(self.open.values())
+
     def take(self, key: object, bound: float) -> bool:
         """Hold an amount for a request, if that much may still be spent."""
-        if exceeds(self.spent + sum(self.open.values()) + bound, self.options.max_cost):
+        if exceeds(self.committed + bound, self.options.max_cost):
             return False
         self.open[key] = bound
         return True
 
     def refusal(self, bound: float) -> Failure:
         """Return why a request is not sent."""
-        committed = dollars(self.spent + sum(self.open.values()))
         cap, more = f"--max-cost {self.options.max_cost:.9g}", enough(bound)
-        return Failure("max_cost", f"{cap} allows no {more} more: {committed} may be spent")
+        spent = dollars(self.committed)
+        return Failure("max_cost", f"{cap} allows no {more} more: {spent} may be spent")
 
     async def admit(self, key: object, job: Job) -> None:
         """Wait until a request may be sent, or stop the run if what is in flight changes nothing.
@@ -3816,7 +3830,7 @@ def file_part(stack: ExitStack, part: Part, name: str) -> tuple[str, BinaryIO, s
     Raises an OSError for what it is not any more: a pipe would hold up all that is in flight.
     """
     path = part.path
-    if part.mask_edits != MASK_EDITS[0]:
+    if part.is_converted:
         try:
             content = mask_of_state(part.mask_edits, *state_of(path))
         except Exception as error:  # noqa: BLE001 - Pillow meets damage with many kinds
@@ -4009,9 +4023,11 @@ class Channel:
         try:
             with ExitStack() as stack:
                 try:
-                    arguments = request.payload
-                    if request.image:
-                        arguments = await self.prepare(sdk_arguments, request, stack)
+                    arguments = (
+                        await self.prepare(sdk_arguments, request, stack)
+                        if request.image
+                        else request.payload
+                    )
                 except OSError as error:  # it was there at preflight
                     message = f"an input image cannot be read any more: {one_line(error)}"
                     raise JobError(Failure("input", message)) from None
@@ -4413,13 +4429,6 @@ def downscale(content: bytes, original: Saved, max_dim: int, kind: str | None = 
     return encoded_picture(copy, kind, **options)
 
 
-# The kept picture: the input where the mask protects it, the answer where it edits, and between
-# them, inside of the edited part, a seam in which the answer gains with each pixel:
-#
-#   distance from the protected part     0     1     2     3 and more
-#   share of the answer                  0    1/3   2/3    1
-
-
 # How a picture is set upright, by its EXIF.
 TURNS = {
     2: "FLIP_LEFT_RIGHT",
@@ -4442,6 +4451,13 @@ def orientation_of(path: str) -> int:
     """Return how a picture is stored."""
     picture = probe_file(path)
     return picture.orientation if picture else 1
+
+
+# The kept picture: the input where the mask protects it, the answer where it edits, and between
+# them, inside of the edited part, a seam in which the answer gains with each pixel:
+#
+#   distance from the protected part     0     1     2     3 and more
+#   share of the answer                  0    1/3   2/3    1
 
 
 def seam(alpha: Image.Image) -> Image.Image:
@@ -4994,8 +5010,9 @@ def save_derived(
         fits = is_kept(there, original, request) if keeps else is_copy(there, original, max_dim)
         if there and fits:
             return there
-        made = keep_unmasked(original, request) if keeps else b""
-        if not keeps:
+        if keeps:
+            made = keep_unmasked(original, request)
+        else:
             with open(original.path, "rb") as file:
                 made = downscale(file.read(), original, max_dim, derived.format)
         name = write_file(name, made, replace=derived.replace)
@@ -5308,7 +5325,7 @@ class Report:
                 again = "repeat the command" + (f" with --only {numbers}" if numbers else "")
             when = condition[:1].upper() + condition[1:]
             if condition == CONDITIONS["max_cost"]:
-                when += enough(sum(bound_of(job.wanted, options) for job in jobs))[1:]
+                when += enough(bound_of_all(jobs, options))[1:]
             for_these = f"{when}: {again} ({counted(len(jobs), 'job')})."
             yield for_these if condition else resume or f"To resume, {again}."
 
@@ -6332,7 +6349,7 @@ def new_submission(folder: str, former: Submission | None, options: RunOptions) 
 def part_digest(part: Part) -> str:
     """Return a digest of an input file as it is sent."""
     digest = file_digest(part.path)
-    return digest if part.mask_edits == MASK_EDITS[0] else f"{digest}-{part.mask_edits}"
+    return f"{digest}-{part.mask_edits}" if part.is_converted else digest
 
 
 def job_digests(jobs: Iterable[Job], *, before_scripts: bool = False) -> dict[int, str]:
@@ -6837,8 +6854,7 @@ class BatchClient:
     def hold(self, shard: Shard) -> tuple[int, int]:
         """Hold what a batch can cost, or raise a JobError; each try at creating it counts."""
         budget, key = self.run.channel.budget, (shard.index, shard.attempts)
-        wanted = (job.wanted for job in self.asked(shard.numbers))
-        bound = sum(bound_of(request, self.run.options) for request in wanted)
+        bound = bound_of_all(self.asked(shard.numbers), self.run.options)
         if not budget.take(key, bound):
             raise JobError(budget.refusal(bound))
         return key
@@ -7494,7 +7510,8 @@ def recall(
 def plan_command(arguments: Arguments, options: RunOptions) -> tuple[Plan, Submission | None]:
     """Read the jobs, choose those that are meant, and find what is there of their images."""
     read, problems = read_jobs(arguments)
-    jobs = [plan_outputs(match_size(job), options) for job in read]
+    look = functools.cache(probe_file)
+    jobs = [plan_outputs(match_size(job, look), options) for job in read]
     memory = claims = submission = former = None
     chosen = {job.number for job in jobs}
     if arguments.command == "generate-batch":
