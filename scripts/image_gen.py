@@ -1223,6 +1223,7 @@ MEANT = {
     "-p": ("--prompt", "--input"),
     "--remake": ("--force",),
     "--input": "give a picture by edit --image, a prompt by --prompt-file",
+    "--wait": "--batch-api waits, unless --no-wait is given",
     "--seed": "the API has none; make variants with --n",
     "--api-key": "set OPENAI_API_KEY in the environment",
     "--key": "set OPENAI_API_KEY in the environment",
@@ -1593,31 +1594,17 @@ def job_lines(file: Iterable[bytes]) -> Iterator[tuple[int, str | UnicodeDecodeE
                 yield number, stripped
 
 
-# What a file may be that is no list of jobs, and the command that makes one of it.
-ANY_JSON = '[print(json.dumps(e)) for e in (d if isinstance(d, list) else [d])]" < {} > {}'
-FOREIGN_FILES = {
-    "a code fence": "sed -n '/^ *```/,/^ *```/p; /^ *~~~/,/^ *~~~/p' {} | grep -Ev '```|~~~' > {}",
-    "JSON over several lines": 'python -c "import json; '
-    f"d = json.load(open(0, encoding='utf-8-sig')); {ANY_JSON}",
-    "CSV": 'python -c "import csv, json; [print(json.dumps({{k.strip().lower(): v for k, v in '
-    "r.items() if k and v}})) for r in csv.DictReader(open(0, encoding='utf-8-sig'), "
-    "delimiter='{separator}')]\" < {} > {}",
-    "YAML": f'with PyYAML: python -c "import json, yaml; d = yaml.safe_load(open(0)); {ANY_JSON}',
-    "a Markdown list": "sed -nE 's/^[[:space:]]*([-*+•]|[0-9]+[.)、．])[[:space:]]*"
-    "(\\[[ xX]\\] )?//p' {} > {}",
-    "a Markdown table": "write its prompts into a file, one a line",
-    "HTML or XML": "write its prompts into a file, one a line",
-    "UTF-16 or UTF-32": "iconv -f {encoding} -t UTF-8 {} > {}",
-    "lines that end with CR": "tr '\\r' '\\n' < {} > {}",
-    "no text": "give a file of prompts",
-}
 BINARY = re.compile(
     rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|RIFF.{4}WEBP|PK\x03\x04|%PDF-|\x1f\x8b", re.DOTALL
 )
 FENCE = re.compile(r"\s*(```|~~~)\w*$")
-BULLET = re.compile(r"\s*([-*+•]|\d{1,3}[.)])\s+\S|\s*[\d０-９]{1,3}[、．]")
+BULLET = re.compile(r"\s*([-*+•]|\d{1,3}[.):])\s+\S|\s*[\d０-９]{1,3}[、．]")
 TABLE_RULE = re.compile(r"\|?\s*:?-{3,}:?\s*(\|\s*:?-{3,}:?\s*)+\|?$")
+TABLE_ROW = re.compile(r"\|.*\|.*\|$")
 YAML_KEY = re.compile(r"""\s*(- +)?["']?([A-Za-z_-]+)["']?:(\s|$)""")
+TOML_KEY = re.compile(r"""()["']?([A-Za-z_-]+)["']? ?=""")
+LIST_BEGINS = re.compile(r"(\w+ +)?[\w.]+( *:[^=]*)? *= *[\[({]$")
+QUOTED_ITEM = re.compile(r"""\s*(["']).*\1,$""")
 QUOTED_ROW = re.compile(r"""("([^"]|"")*"[,;\t|])+("([^"]|"")*"|[^"]*)$""")
 # Words by which the head of a table is known, whatever its language.
 TABLE_WORDS = re.compile(
@@ -1665,11 +1652,13 @@ class Shape:
     def is_json(self) -> bool:
         """Whether it is one value of JSON, over several lines."""
         first, last = self.lines[0], self.lines[-1]
+        several = len(self.lines) > 1
         begins = first == "{" or re.fullmatch(r"""\[\s*(["{\[].*[,\[{])?""", first) is not None
         parts = sum(
             line.endswith(("[", "]", "{", "}", ",")) or line.startswith(",") for line in self.lines
         )
-        return begins and last.endswith(("]", "}")) and parts > 0.6 * len(self.lines)
+        ends = last.endswith(("]", "}"))
+        return several and begins and ends and parts > 0.6 * len(self.lines)
 
     @property
     def is_csv(self) -> bool:
@@ -1677,21 +1666,21 @@ class Shape:
         first, separator = self.lines[0], self.separator
         fields = [field.strip(' "') for field in first.split(separator)]
         if first.startswith(("sep=", "#,")) or first.strip(' "').lower() in ("prompt", "prompts"):
-            return True
+            return len(self.lines) > 1
         quoted = sum(QUOTED_ROW.match(line) is not None for line in self.lines)
         alike = sum(line.count(separator) >= len(fields) - 1 for line in self.lines[1:])
         head = len(fields) > 1 and all(len(field) <= 30 for field in fields)
         head = head and f"{separator} " not in first and any(map(TABLE_WORDS.fullmatch, fields))
-        return (head and 2 * alike >= len(self.lines) - 1) or quoted > 0.8 * len(self.lines)
+        told = (head and 2 * alike >= len(self.lines) - 1) or quoted > 0.8 * len(self.lines)
+        return told and len(self.lines) > 1
 
-    @property
-    def is_yaml(self) -> bool:
-        """Whether it has keys of jobs, each in a line."""
-        found = [match for line in self.lines if (match := YAML_KEY.match(line))]
+    def has_keys(self, key: re.Pattern[str], begins: str) -> bool:
+        """Tell whether it has keys of jobs, each in a line, and a beginning or little else."""
+        found = list(filter(None, map(key.match, self.lines)))
         keys = {match[2].lower().replace("-", "_") for match in found}
-        first = re.fullmatch("---|(prompts|jobs):", self.lines[0]) is not None
-        told = first or any(match[1] for match in found) or len(found) > 0.6 * len(self.lines)
-        return told and bool(keys & {"prompt", "prompts", "jobs"})
+        told = re.fullmatch(begins, self.lines[0]) is not None or any(match[1] for match in found)
+        known = bool(keys & {"prompt", "prompts", "jobs"}) and len(self.lines) > 1
+        return known and (told or len(found) > 0.6 * len(self.lines))
 
     @property
     def is_list(self) -> bool:
@@ -1699,40 +1688,90 @@ class Shape:
         bullets = sum(BULLET.match(line) is not None for line in self.lines)
         headed = self.lines[0].startswith("#")
         rest = [line for line in self.lines if not line.startswith(("#", " ", "\t"))]
-        return bullets >= (1 if headed else 2) and 2 * bullets >= len(rest)
+        enough = bullets >= (1 if headed else 2) and 2 * bullets >= len(rest)
+        return enough and len(self.lines) > 1
 
     @property
-    def foreign(self) -> str:
-        """What it looks like, by FOREIGN_FILES; empty if it can be a list of jobs."""
-        if not self.lines:
-            return ""
-        several = len(self.lines) > 1
-        found = {
-            "UTF-16 or UTF-32": bool(self.encoding),
-            "no text": BINARY.match(self.head) is not None
-            or 4 * self.head.count(0) > len(self.head),
-            "lines that end with CR": b"\r" in self.head and b"\n" not in self.head,
-            "a code fence": sum(FENCE.match(line) is not None for line in self.lines) > 1,
-            "JSON over several lines": several and self.is_json,
-            "a Markdown table": any(TABLE_RULE.match(line) for line in self.lines),
-            "HTML or XML": re.match(r"<(!DOCTYPE|html|\?xml|svg)", self.lines[0]) is not None,
-            "YAML": several and self.is_yaml,
-            "a Markdown list": several and self.is_list,
-            "CSV": several and self.is_csv,
-        }
-        return next((what for what, is_it in found.items() if is_it), "")
+    def is_text(self) -> bool:
+        """Whether it begins as files of text do."""
+        return BINARY.match(self.head) is None and 4 * self.head.count(0) <= len(self.head)
 
-    def refuse(self, source: str) -> None:
-        """Raise a UsageError for a file that is no list of jobs, with the way to one."""
-        if what := self.foreign:
+    def most(self, pattern: re.Pattern[str], *, share: float = 0.6) -> bool:
+        """Tell whether it has several lines, and more than a share of them begins so."""
+        found = sum(pattern.match(line) is not None for line in self.lines)
+        return len(self.lines) > 1 and found > share * len(self.lines)
+
+
+# What a file may be that is no list of jobs, how it is known, and the command that makes one of it;
+# the first that fits counts.
+JOBS_OF = (
+    "d if isinstance(d, list) else [d] if 'prompt' in d else sum((v for v in d.values() if "
+    "isinstance(v, list)), [])"
+)
+TO_OTHER = "< {} > {}"
+TO_JSONL = f'[print(json.dumps(e)) for e in ({JOBS_OF})]" {TO_OTHER}'
+CSV_ROW = "{{k.strip().lower(): v for k, v in r.items() if k and v}}"
+CSV_ROWS = "csv.DictReader(open(0, encoding='utf-8-sig'), delimiter='{separator}')"
+CSV_WAY = f'python -c "import csv, json; [print(json.dumps({CSV_ROW})) for r in {CSV_ROWS}]"'
+FOREIGN_FILES: Mapping[str, tuple[Callable[[Shape], bool], str]] = {
+    "UTF-16 or UTF-32": (
+        lambda shape: bool(shape.encoding),
+        "iconv -f {encoding} -t UTF-8 {} > {}",
+    ),
+    "no text": (lambda shape: not shape.is_text, "give a file of prompts"),
+    "lines that end with CR": (
+        lambda shape: b"\r" in shape.head and b"\n" not in shape.head,
+        "tr '\\r' '\\n' < {} > {}",
+    ),
+    "a script": (lambda shape: shape.head.startswith(b"#!"), "give a file of prompts"),
+    "a code fence": (
+        lambda shape: sum(FENCE.match(line) is not None for line in shape.lines) > 1,
+        "sed -n '/^ *```/,/^ *```/p; /^ *~~~/,/^ *~~~/p' {} | grep -Ev '```|~~~' > {}",
+    ),
+    "JSON over several lines": (
+        lambda shape: shape.is_json,
+        f"python -c \"import json; d = json.load(open(0, encoding='utf-8-sig')); {TO_JSONL}",
+    ),
+    "a list of a program": (
+        lambda shape: bool(LIST_BEGINS.match(shape.lines[0])) or shape.most(QUOTED_ITEM, share=0.4),
+        r"""sed -nE "s/^[[:space:]]*[\"'](.*)[\"'],?[[:space:]]*$/\1/p" {} > {}""",
+    ),
+    "a Markdown table": (
+        lambda shape: any(map(TABLE_RULE.match, shape.lines)) or shape.most(TABLE_ROW),
+        "write its prompts into a file, one a line",
+    ),
+    "HTML or XML": (
+        lambda shape: re.match(r"<(!DOCTYPE|html|\?xml|svg)", shape.lines[0]) is not None,
+        "write its prompts into a file, one a line",
+    ),
+    "TOML": (
+        lambda shape: shape.has_keys(TOML_KEY, r"\[\[?[\w.]+\]?\]"),
+        f'python -c "import json, tomllib; d = tomllib.loads(open(0).read()); {TO_JSONL}',
+    ),
+    "YAML": (
+        lambda shape: shape.has_keys(YAML_KEY, "---|(prompts|jobs):"),
+        f'with PyYAML: python -c "import json, yaml; d = yaml.safe_load(open(0)); {TO_JSONL}',
+    ),
+    "a Markdown list": (
+        lambda shape: shape.is_list,
+        "sed -nE 's/^[[:space:]]*([-*+•]|[0-9]+[.):、．])[[:space:]]*(\\[[ xX]\\] )?//p' {} > {}",
+    ),
+    "CSV": (lambda shape: shape.is_csv, f"{CSV_WAY} {TO_OTHER}"),
+}
+
+
+def refuse_foreign(shape: Shape, source: str) -> None:
+    """Raise a UsageError for a file that is no list of jobs, with the way to one."""
+    for what, (is_it, way) in FOREIGN_FILES.items() if shape.lines else ():
+        if is_it(shape):
             stem = os.path.splitext(os.path.basename(source))[0]
-            target = f"{stem}-jobs.{'txt' if what == 'a Markdown list' else 'jsonl'}"
+            target = f"{stem}-jobs.{'txt' if 'list' in what else 'jsonl'}"
             names = ("FILE", "jobs.jsonl") if source == "-" else (source, target)
-            facts = {"separator": self.separator.replace("\t", "\\t"), "encoding": self.encoding}
-            way = FOREIGN_FILES[what].format(*map(shlex.quote, names), **facts)
+            facts = {"separator": shape.separator.replace("\t", "\\t"), "encoding": shape.encoding}
+            command = way.format(*map(shlex.quote, names), **facts)
             wanted = "a job a line is wanted, a prompt or a JSON object"
             plain = "(lines that are prompts as they stand: write each as a JSON string)"
-            raise UsageError(f"--input {source} looks like {what}; {wanted} {plain}: {way}")
+            raise UsageError(f"--input {source} looks like {what}; {wanted} {plain}: {command}")
 
 
 def read_job(
@@ -1766,7 +1805,7 @@ def read_batch(arguments: Arguments) -> tuple[list[Job], list[tuple[int, str]]]:
                 job, wrong = read_job(number, line_number, line, flags)
                 jobs.append(job)
                 problems += [(line_number, problem) for problem in wrong]
-    shape.refuse(source)
+    refuse_foreign(shape, source)
     if not number:
         raise UsageError(f"--input {source} holds no job; write one a line")
     if number > most:
@@ -2562,7 +2601,6 @@ class MaskLook(NamedTuple):
 
     share: float  # of the picture that is edited: alpha below half
     least: int  # alpha, 0 to 255
-    most: int
 
 
 def has_pillow() -> bool:
@@ -2603,8 +2641,8 @@ def look_of_state(mask_edits: str, name: str, *_state: int) -> MaskLook | str:
         alpha = mask_alpha(name, mask_edits)
     except Exception as error:  # noqa: BLE001 - Pillow meets damage with many kinds
         return one_line(error)
-    least, most = (cast("int", value) for value in alpha.getextrema())
-    return MaskLook(sum(alpha.histogram()[:128]) / (alpha.width * alpha.height), least, most)
+    least = cast("int", alpha.getextrema()[0])
+    return MaskLook(sum(alpha.histogram()[:128]) / (alpha.width * alpha.height), least)
 
 
 def look_at_mask(request: ImageRequest) -> MaskLook | str:
@@ -2958,8 +2996,8 @@ def check_mask(called: str, picture: Picture, request: ImageRequest) -> Iterator
         yield f"{called}: nothing would be edited, it is nowhere more than half {part}"
     elif look.share == 0:
         yield Notice(f"{called} is nowhere more than half {part}: little may be edited")
-    elif look.most == 0:
-        yield Notice(f"{called} is {part} everywhere: all of the image will be edited")
+    elif look.share == 1:
+        yield Notice(f"{called} protects nothing: all of the image will be edited")
 
 
 def check_aspect(request: ImageRequest, inspect: Callable[[str], InputFile]) -> Iterator[str]:

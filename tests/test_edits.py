@@ -113,7 +113,8 @@ def test_an_opaque_mask_is_refused(run: Run, colour: tuple[int, ...], says: str)
 @pytest.mark.parametrize(
     ("alpha", "says"),
     [
-        (0, "transparent everywhere: all of the image will be edited"),
+        (0, "protects nothing: all of the image will be edited"),
+        (100, "protects nothing: all of the image will be edited"),
         (128, "nowhere more than half transparent: little may be edited"),
         (254, "nowhere more than half transparent: little may be edited"),
     ],

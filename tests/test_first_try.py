@@ -83,10 +83,12 @@ FOREIGN = {
         f"• {RED}\n• {BLUE}\n",
         f"- {RED}\n  over dunes\n- {BLUE}\n  at noon\n",
         f"1、{RED}\n2、{BLUE}\n",
+        f"1: {RED}\n2: {BLUE}\n",
     ],
     "a Markdown table": [
         f"| prompt | size |\n|---|---|\n| {RED} | auto |\n",
         f"Here:\n\nprompt | size\n--- | ---\n{RED} | auto\n",
+        f"| prompt | size |\n| {RED} | auto |\n",
     ],
     "HTML or XML": [f"<!DOCTYPE html>\n<p>{RED}</p>\n", f"<svg>\n<text>{RED}</text></svg>\n"],
     "lines that end with CR": [f"{RED}\r{BLUE}\r"],
@@ -95,8 +97,19 @@ FOREIGN = {
         f'[\n{{"prompt": "{RED}"}}\n]\n',
         f'[{{"prompt": "{RED}"}},\n {{"prompt": "{BLUE}"}}]\n',
         f'{{\n  "prompt": "{RED}",\n  "size": "auto"\n}}\n',
+        f'{{\n  "jobs": [\n{{"prompt": "{RED}"}},\n"{BLUE}"\n]\n}}\n',
         f'\ufeff[\n "{RED}"\n, "{BLUE}"\n]\n',
     ],
+    "TOML": [
+        f'[[jobs]]\nprompt = "{RED}"\nsize = "auto"\n[[jobs]]\nprompt = "{BLUE}"\n',
+        f'prompt = "{RED}"\nsize = "auto"\n',
+    ],
+    "a list of a program": [
+        f'prompts = [\n    "{RED}",\n    "{BLUE}",\n]\n',
+        f"const prompts: string[] = [\n  '{RED}'\n]\n",
+        f'"{RED}",\n"{BLUE}"\n',
+    ],
+    "a script": [f'#!/bin/sh\nimage_gen.py generate --prompt "{RED}"\n'],
     "a code fence": [
         f'```jsonl\n{{"prompt": "{RED}"}}\n```\n',
         f"```\n{RED}\n```\n",
@@ -121,7 +134,7 @@ WAYS = [
     *[("CSV", content) for content in FOREIGN["CSV"][:5]],
     *[
         (kind, each)
-        for kind in ("JSON over several lines", "a code fence")
+        for kind in ("JSON over several lines", "a code fence", "TOML", "a list of a program")
         for each in FOREIGN[kind]
     ],
     *[("a Markdown list", content) for content in FOREIGN["a Markdown list"]],
