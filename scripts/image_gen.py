@@ -4377,11 +4377,12 @@ def differences(request: ImageRequest, picture: Picture) -> Iterator[str]:
         yield "asked for a transparent background, got an image that is opaque everywhere"
 
 
-def is_opaque(content: bytes, seen: Picture) -> bool:
-    """Tell whether no pixel of an image is transparent, where Pillow is there to say so."""
-    if not has_pillow() or seen.width * seen.height > MAX_COPY_PIXELS:
+def is_opaque(file: BinaryIO | str, seen: Picture | Saved, request: ImageRequest) -> bool:
+    """Tell whether no pixel of an image is transparent that was to be, where Pillow can say so."""
+    expected = request.background == "transparent" and seen.alpha and has_pillow()
+    if not expected or seen.width * seen.height > MAX_COPY_PIXELS:
         return False
-    with suppress(Exception), Image.open(io.BytesIO(content)) as picture:
+    with suppress(Exception), Image.open(file) as picture:
         return picture.convert("RGBA").getchannel("A").getextrema() == (255, 255)
     return False
 
@@ -4880,8 +4881,8 @@ def save_image(
             name = give_name(temporary, output, request, names, note and note.about(content))
     except OSError as error:
         raise unwritten(target, content, error) from None
-    if request.background == "transparent" and picture.alpha:
-        picture = picture._replace(alpha=not is_opaque(content, picture))
+    if is_opaque(io.BytesIO(content), picture, request):
+        picture = picture._replace(alpha=False)
     saved = Saved(name, len(content), picture.width, picture.height, picture.format, picture.alpha)
     return saved, [f"{name}: {surprise}" for surprise in differences(request, picture)]
 
@@ -5070,7 +5071,8 @@ def images_on_disk(job: Job, came: Mapping[str, Saved]) -> dict[str, Saved]:
     found = dict(came)
     for output in job.outputs:
         if output.path not in missing and not output.stale and (image := saved_file(output.path)):
-            found[output.path] = image._replace(origin=output.origin or "unknown")
+            alpha = image.alpha and not is_opaque(image.path, image, job.request)
+            found[output.path] = image._replace(alpha=alpha, origin=output.origin or "unknown")
     return {output.path: found[output.path] for output in job.outputs if output.path in found}
 
 
@@ -5806,9 +5808,9 @@ async def make_copies(job: Job, delivery: Delivery, came: Container[str], run: R
 
 async def conclude(job: Job, delivery: Delivery, run: Run) -> Outcome:
     """Make the copies of a job whose images are on disk, and return its outcome."""
-    came = delivery.images
-    on_disk = delivery._replace(images=images_on_disk(job, came))
-    delivery = await make_copies(job, on_disk, came, run)
+    came, loop = delivery.images, asyncio.get_running_loop()
+    images = await loop.run_in_executor(run.copiers, images_on_disk, job, came)
+    delivery = await make_copies(job, delivery._replace(images=images), came, run)
     failure = delivery.failure
     if failure is None:
         return Done(job, delivery) if came else Skipped(job, delivery)

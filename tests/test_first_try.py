@@ -557,6 +557,8 @@ def test_an_alpha_that_is_opaque_everywhere_is_none(
     (image,) = result.json["outputs"]
     assert (result.exit_code, image["alpha"]) == (0, found)
     assert ("an image that is opaque everywhere" in result.stderr) != found
+    (image,) = run(*live.generate(*flags, "--skip-existing")).json["outputs"]
+    assert (image["alpha"], len(api.requests)) == (found, 1)
 
 
 def test_a_batch_of_jobs_from_a_list_in_two_languages(run: Run, api: ImagesAPI) -> None:
