@@ -271,6 +271,7 @@ FORMATS = {
     "gif": ImageFormat((".gif",), "image/gif", is_picture=False, animates=True),
     "svg": ImageFormat((".svg",), "image/svg+xml", is_picture=False, downscales=False, max_n=1),
 }
+UNMADE_SUFFIXES = (".ico", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".jxl", ".pdf", ".psd")
 PICTURE_FORMATS = tuple(name for name, row in FORMATS.items() if row.is_picture)
 SUFFIX_FORMATS = {suffix: name for name, row in FORMATS.items() for suffix in row.suffixes}
 
@@ -1197,7 +1198,10 @@ RUN = (
 # What other programs call a flag of this one, or why there is none.
 MEANT = {
     **dict.fromkeys(("--format", "--type"), ("--output-format",)),
-    **dict.fromkeys(("--output", "--out-file", "-o"), ("--out", "--out-dir")),
+    **dict.fromkeys(
+        ("--output", "--out-file", "-o", "--name", "--filename", "--file-name"),
+        ("--out", "--out-dir"),
+    ),
     **dict.fromkeys(
         (
             "--width",
@@ -1506,7 +1510,7 @@ def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def parse_job_line(line: str | UnicodeDecodeError) -> dict[str, Any]:
     """Return the keys of one job: an object, a JSON string, or plain text as its prompt."""
     if isinstance(line, UnicodeDecodeError):
-        way = "if it is of Windows: iconv -f CP1252 -t UTF-8"
+        way = "if it is of Windows: iconv -f CP1252 -t UTF-8 (Chinese: GB18030, Japanese: CP932)"
         raise ImageGenError(f"is not UTF-8 ({line.reason} at byte {line.start}); {way}")
     try:
         job = json.loads(
@@ -1534,8 +1538,11 @@ def unknown_keys(keys: Iterable[str], known: Sequence[str]) -> Iterator[str]:
     unknown = [key for key in keys if key not in known]
     hints = []
     for key in unknown[:3]:
-        close = difflib.get_close_matches(key[:40].lower().replace("-", "_"), known, n=1)
-        hints.append(received(key) + (f" (did you mean {received(close[0])}?)" if close else ""))
+        name = key[:40].lower().replace("-", "_")
+        told = MEANT.get(flag(name), ())
+        meant = [each[2:] for each in told if each[2:] in known] if isinstance(told, tuple) else []
+        meant += difflib.get_close_matches(name, known, n=1)
+        hints.append(received(key) + (f" (did you mean {received(meant[0])}?)" if meant else ""))
     if len(unknown) > len(hints):
         hints.append(f"{len(unknown) - len(hints):,} more")
     if unknown:
@@ -1621,6 +1628,7 @@ class Shape:
     def __init__(self) -> None:
         self.head = b""
         self.lines: list[str] = []  # those that are not empty
+        self.is_utf8 = True
 
     def read(self, file: Iterable[bytes]) -> Iterator[bytes]:
         """Pass lines on, and remember how they look."""
@@ -1629,6 +1637,7 @@ class Shape:
             text = line[:SAMPLE].decode(errors="replace").lstrip("\ufeff\u200b").rstrip()
             if text.strip() and len(self.lines) < SAMPLE:
                 self.lines.append(text)
+                self.is_utf8 &= "\ufffd" not in text[:-1] or "\ufffd".encode() in line
             yield line
 
     @property
@@ -1723,6 +1732,7 @@ FOREIGN_FILES: Mapping[str, tuple[Callable[[Shape], bool], str]] = {
         lambda shape: b"\r" in shape.head and b"\n" not in shape.head,
         "tr '\\r' '\\n' < {} > {}",
     ),
+    "text in another encoding": (lambda shape: not shape.is_utf8, ""),  # its lines say so
     "a script": (lambda shape: shape.head.startswith(b"#!"), "give a file of prompts"),
     "a code fence": (
         lambda shape: sum(FENCE.match(line) is not None for line in shape.lines) > 1,
@@ -1764,8 +1774,11 @@ def refuse_foreign(shape: Shape, source: str) -> None:
     """Raise a UsageError for a file that is no list of jobs, with the way to one."""
     for what, (is_it, way) in FOREIGN_FILES.items() if shape.lines else ():
         if is_it(shape):
-            stem = os.path.splitext(os.path.basename(source))[0]
-            target = f"{stem}-jobs.{'txt' if 'list' in what else 'jsonl'}"
+            if not way:
+                return
+            suffix = "txt" if "list" in what else "jsonl"
+            targets = (f"{os.path.splitext(source)[0]}-jobs{n or ''}.{suffix}" for n in count())
+            target = next(name for name in targets if not os.path.lexists(name))
             names = ("FILE", "jobs.jsonl") if source == "-" else (source, target)
             facts = {"separator": shape.separator.replace("\t", "\\t"), "encoding": shape.encoding}
             command = way.format(*map(shlex.quote, names), **facts)
@@ -2656,14 +2669,14 @@ def look_at_mask(request: ImageRequest) -> MaskLook | str:
 
 
 def mask_hint(request: ImageRequest) -> str:
-    """Say which --mask-edits fits a mask without alpha: its smaller part is likely to be meant."""
+    """Say what each --mask-edits does with a mask without alpha, what edits less of it first."""
     with suppress(Exception):
         greys = mask_alpha(request.mask or "", "black").histogram()
         shares = {"white": sum(greys[192:]) / sum(greys), "black": sum(greys[:64]) / sum(greys)}
-        part = min(shares, key=lambda name: shares[name])
-        if sum(shares.values()) > 0.9 and shares[part] > 0:
-            edits = f"{flag('mask_edits')} {part} edits {percent(shares[part])} of the image"
-            return f"it is black and white: {edits}"
+        (one, less), (other, more) = sorted(shares.items(), key=lambda item: item[1])
+        if less + more > 0.9 and less:
+            edits = f"{flag('mask_edits')} {one} edits {percent(less)} of the image"
+            return f"it is black and white: {edits}, {flag('mask_edits')} {other} {percent(more)}"
     return f"if its white or black parts are meant, add {flag('mask_edits')} white or black"
 
 
@@ -2714,6 +2727,17 @@ def check_gif_area(request: ImageRequest, area: int) -> Iterator[str]:
         yield Notice(f"size {request.size}: {seen}; the API decides")
 
 
+def size_of_aspect(aspect: str) -> str:
+    """Return a free size of an aspect as 16:9, about as large as 1536x1536; "" if it is none."""
+    found = re.fullmatch(r"([1-9][0-9]{0,3})[:/]([1-9][0-9]{0,3})", aspect)
+    if found is None:
+        return ""
+    width, height = int(found[1]), int(found[2])
+    scale = 1536 / (width * height) ** 0.5
+    seen = Picture("", round(width * scale), round(height * scale), alpha=False, whole=True)
+    return nearest_size(seen, ())
+
+
 def check_size(request: ImageRequest, family: ModelFamily) -> Iterator[str]:
     """Check the size against the list of the family, or against the rules of free sizes."""
     size = request.size
@@ -2725,7 +2749,8 @@ def check_size(request: ImageRequest, family: ModelFamily) -> Iterator[str]:
         return
     edges = edges_of(size)
     if edges is None:
-        yield f"size {received(size)} has to be auto, match or WIDTHxHEIGHT, e.g. 1536x1024"
+        example = size_of_aspect(size) or "1536x1024"
+        yield f"size {received(size)} has to be auto, match or WIDTHxHEIGHT, e.g. {example}"
         return
     width, height = edges
     if width % EDGE_STEP or height % EDGE_STEP:
@@ -2881,6 +2906,8 @@ def check_request(job: Job, options: RunOptions) -> Iterator[str]:
     yield from check_format(request, options)
     yield from check_model(request)
     promised, wanted = name_format(job.name), request.output_format
+    if (suffix := os.path.splitext(job.name or "")[1].lower()) in UNMADE_SUFFIXES:
+        yield Notice(f"no {suffix} is made; the name will be {job.name}.{wanted}")
     if promised not in (None, wanted) and wanted in FORMATS:
         stem = os.path.splitext(job.name or "")[0]
         yield (
@@ -2907,6 +2934,8 @@ def inspect_input(name: str) -> InputFile:
         with open(name, "rb") as file:
             picture = probe(file)
     except OSError as error:
+        if re.match("https?://", name):
+            return InputFile(name, "is an address; download it, and give the file")
         return InputFile(name, f"cannot be read: {error.strerror or error}")
     if size >= MAX_IMAGE_BYTES:
         problem = f"has {size:,} bytes; it has to be smaller than {MAX_IMAGE_BYTES:,}"
@@ -2945,6 +2974,24 @@ def check_inputs(request: ImageRequest, inspect: Callable[[str], InputFile]) -> 
         yield "mask and markup cannot be combined; give one of them"
 
 
+def check_overlay_size(
+    key: str, called: str, size: str, first: Picture, request: ImageRequest
+) -> Iterator[str]:
+    """Check that an overlay has the size of the first image, which may be stored on its side.
+
+    The API wants a markup that is drawn upright, and does not say which way it wants a mask.
+    """
+    stored, seen = first.size, first.upright.size
+    wanted = seen if key == "markup" else stored
+    if key == "mask" and size == seen != stored:
+        one_size = "the API may want both in one size: save the image upright"
+        yield Notice(f"{called} is {size}, the first image is stored turned; {one_size}")
+    elif size != wanted:
+        yield f"{called} is {size}, the first image {wanted}; both need one size"
+    elif key == "mask" and size == seen and first.orientation > 1 and request.keep_unmasked:
+        yield Notice(f"{called} counts as drawn upright, the first image is stored turned")
+
+
 def check_overlay(
     key: str, overlay: InputFile, first: InputFile, request: ImageRequest
 ) -> Iterator[str]:
@@ -2956,17 +3003,7 @@ def check_overlay(
     if key == "markup" and not overlay.picture.alpha:
         yield f"{called} has no alpha channel; it has to be a transparent PNG"
     if first.picture:
-        stored, upright = first.picture, first.picture.upright
-        # A photograph may be stored on its side. The API wants a markup that is drawn upright, and
-        # does not say which way it wants a mask.
-        wanted = upright if key == "markup" else stored
-        size = overlay.picture.size
-        doubtful = key == "mask" and size == upright.size
-        if doubtful and size == wanted.size and request.keep_unmasked and stored.orientation > 1:
-            yield Notice(f"{called} counts as drawn upright, the first image is stored turned")
-        if size != wanted.size:
-            finding = Notice if doubtful else str
-            yield finding(f"{called} is {size}, the first image {wanted.size}; both need one size")
+        yield from check_overlay_size(key, called, overlay.picture.size, first.picture, request)
     if key == "mask":
         yield from check_mask(called, overlay.picture, request)
     if key == "mask" and request.mask_edits != MASK_EDITS[0]:
@@ -3024,9 +3061,12 @@ def check_aspect(request: ImageRequest, inspect: Callable[[str], InputFile]) -> 
     other = f"has another aspect than {name} ({picture.size}); {hint}"
     if edges and request.keep_unmasked and not fit(*edges, picture):
         yield f"keep_unmasked: size {request.size} {other}"
-    elif request.size == "auto" and not any(fit(*each, picture) for each in usual):
+    elif request.size == "auto" and (
+        request.keep_unmasked or not any(fit(*e, picture) for e in usual)
+    ):
+        lost = ", and there is no kept picture then" if request.keep_unmasked else ""
         yield Notice(
-            f"size auto may come back in another aspect than {name} ({picture.size}); {hint}"
+            f"size auto may come back in another aspect than {name} ({picture.size}){lost}; {hint}"
         )
     if request.keep_unmasked and picture.oddity in ("CMYK", DEEP):
         yield f"keep_unmasked: {name} is {picture.oddity}; convert it to RGB of 8 bits first"
@@ -5354,9 +5394,9 @@ class Report:
         options = self.options
         made_anew = options.force or (options.only is not None and options.remake)
         for condition, jobs in sorted(self.left.items()):
-            again = "repeat the command with --skip-existing"
-            if options.remake or resume:
-                again = "repeat the command"
+            again = "repeat the command" + (" without --cancel" if options.cancel else "")
+            if not options.remake and not resume:
+                again += " with --skip-existing"
             in_batch = any(job.line for job in jobs)
             if condition in (CONDITIONS["stale"], CONDITIONS["keep"]):
                 again = f"repeat the command with {'--remake' if in_batch else '--force'}"
@@ -7403,10 +7443,9 @@ class BatchClient:
         if not job.missing or (collected and all(saved_file(item.path) for item in job.outputs)):
             return job._replace(missing=()), at_rest(job)
         if shard and shard.refusal and not batch_id:
-            held_back = shard.refusal.kind in ("max_cost", "connection")
-            return job, Delivery(failure=shard.refusal, held_back=held_back)
+            return job, Delivery(failure=shard.refusal, held_back=True)
         if collected:
-            message = f"batch {batch_id} is collected; its image is not on disk"
+            message = f"batch {batch_id} is collected: it brought no image, or that is gone"
             return job, Delivery(failure=Failure("batch_ended", message))
         if batch_id:
             behind = halted.cause if halted else ""

@@ -898,6 +898,8 @@ def test_what_stops_the_account_is_said_of_every_job_that_it_keeps_from_being_su
     assert result.exit_code == 4
     assert {failure["kind"] for failure in failures(result).values()} == {"authentication"}
     assert (routes(api)[CREATE], len(failures(result))) == (1, 2)
+    error = live.error(result)
+    assert error.startswith("2 jobs not sent: authentication, HTTP 401: ")
 
 
 def test_a_line_that_is_wrong_is_the_only_problem_of_a_folder_that_waits_to_be_collected(
@@ -1059,7 +1061,9 @@ def test_cancel_goes_on_after_a_fault(run: Run, api: ImagesAPI) -> None:
 def test_cancel_finds_a_batch_whose_creation_was_not_answered(run: Run, api: ImagesAPI) -> None:
     api.script_route(CREATE, answer_lost())
     assert run(*queued(2, "--max-attempts", 1)).exit_code == 1
-    assert run(*queued(2, "--cancel")).exit_code == 1
+    result = run(*queued(2, "--cancel"))
+    assert result.exit_code == 1
+    assert "repeat the command without --cancel with --skip-existing" in result.stderr
     assert (len(api.batches), api.batches[0].status, len(made())) == (1, "cancelled", 1)
 
 

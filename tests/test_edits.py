@@ -137,7 +137,8 @@ def test_a_black_and_white_mask_is_refused_with_the_flag_that_fits(
         drawn = drawn.convert("I").point(lambda value: value * 257).convert("I;16")
     (drawn if mode == "I;16" else drawn.convert(mode)).save("mask.png")
     problem = dry.problem(run(*edit()))
-    assert f"it is black and white: --mask-edits {shape} edits 25% of the image" in problem
+    edits = f"--mask-edits {shape} edits 25% of the image, --mask-edits {ground} 75%"
+    assert f"it is black and white: {edits}" in problem
     assert api.requests == []
     result = run(*edit("--mask-edits", shape, "--json"))
     assert (result.exit_code, result.json["mask_share"]) == (0, 0.25), result.stderr
@@ -743,6 +744,13 @@ def test_auto_is_warned_of_where_the_aspect_is_unusual(
     warnings = dry.warnings(dry.edit(run))
     assert any("size auto may come back in another aspect" in each for each in warnings) == warned
     assert all("--size match asks for " in each for each in warnings)
+
+
+@pytest.mark.usefixtures("room")
+def test_auto_is_warned_of_where_a_kept_picture_needs_the_aspect(run: Run) -> None:
+    mask().save("mask.png")
+    (warning,) = dry.warnings(run(*edit("--keep-unmasked", "--dry-run")))
+    assert "another aspect than room.png (96x64), and there is no kept picture then" in warning
 
 
 # Several inputs

@@ -227,6 +227,39 @@ def test_what_nobody_sees_is_dropped_at_the_start_of_every_line(run: Run, mark: 
     assert shown(run, f"{mark}{job}\r\n{mark}{job}\r\n{mark}{BLUE}\r\n") == [RED, RED, BLUE]
 
 
+@pytest.mark.parametrize("charset", ["cp1252", "gb18030", "cp932"])
+def test_a_table_in_another_encoding_is_first_to_be_converted(run: Run, charset: str) -> None:
+    prompt = "Füchse" if charset == "cp1252" else "一匹の狐"
+    Path("jobs.csv").write_bytes(f"prompt;size\n{prompt};auto\n".encode(charset))
+    argv = ("generate-batch", "--input", "jobs.csv", "--out-dir", "out", "--dry-run")
+    said = dry.problem(run(*argv))
+    assert said.startswith("line 2: is not UTF-8 (")
+    assert "iconv -f CP1252 -t UTF-8 (Chinese: GB18030, Japanese: CP932)" in said
+
+
+def test_the_way_to_jsonl_lies_beside_the_file_and_takes_no_name_that_is_taken(run: Run) -> None:
+    Path("tmp").mkdir()
+    Path("tmp/kites-jobs.txt").write_text("mine")
+    assert refusal(run, f"- {RED}\n- {BLUE}\n", "tmp/kites.md").endswith(
+        "tmp/kites.md > tmp/kites-jobs1.txt"
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("filename", "out"),
+        ("negative_prompt", "negative"),
+        ("width", "size"),
+        ("Format", "output_format"),
+    ],
+)
+def test_a_key_of_another_program_is_told_its_name_here(run: Run, key: str, meant: str) -> None:
+    assert f'unknown key "{key}" (did you mean "{meant}"?)' in dry.problem(
+        dry.batch(run, {"prompt": "x", key: "y"})
+    )
+
+
 def test_jobs_come_from_standard_input_and_the_run_is_repeated_by_piping_again(
     run: Run, api: ImagesAPI
 ) -> None:
@@ -412,6 +445,25 @@ def test_help_of_a_batch_lists_the_keys_of_a_line(run: Run) -> None:
     listed = page.partition("keys of a JSON object")[2].partition("exit codes")[0]
     keys = set(listed.replace(",", " ").split())
     assert set(image_gen.JOB_KEYS) <= keys
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [("16:9", "2048x1152"), ("1:1", "1536x1536"), ("9/16", "1152x2048"), ("50:1", "2640x880")],
+)
+def test_an_aspect_instead_of_a_size_is_told_a_size(run: Run, asked: str, told: str) -> None:
+    assert dry.problem(dry.generate(run, "--size", asked)).endswith(f"e.g. {told}")
+    assert dry.warnings(dry.generate(run, "--size", told)) == []
+
+
+def test_a_suffix_that_is_not_made_is_warned_of(run: Run) -> None:
+    (warning,) = dry.warnings(dry.generate(run, "--out", "favicon.ico"))
+    assert warning == "no .ico is made; the name will be favicon.ico.png"
+
+
+def test_an_input_that_is_an_address_is_told_to_be_downloaded(run: Run) -> None:
+    problem = dry.problem(dry.edit(run, image="https://example.org/room.png"))
+    assert problem.endswith("room.png is an address; download it, and give the file")
 
 
 @pytest.mark.parametrize("flags", [("--out", "-"), ("--out-dir", "-"), ("--contact-sheet", "-")])
