@@ -192,6 +192,8 @@ MAX_MASK_BYTES = 4 * 1024 * 1024  # the SDK's figure; the API may take more, so 
 MAX_JOBS = 500
 OLDEST = {"openai": "3.54", "pillow": "11.0"}  # versions; as in the block of the dependencies
 MAX_BATCH_API_JOBS = 50_000
+MAX_LINE_BYTES = 16 * 1024 * 1024  # of a file of jobs, or a manifest; a prompt needs a hundredth
+MAX_LINES = 1_000_000
 MAX_CONCURRENCY = 25
 MAX_ATTEMPTS = 10
 MAX_NAME_BYTES = 255
@@ -204,6 +206,7 @@ WINDOWS_REFUSES = re.compile(
     r"^(con|prn|aux|nul|con(in|out)\$|com[0-9¹²³]|lpt[0-9¹²³]) *(\..*)?$",
     re.IGNORECASE,
 )
+TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # the direction of a text
 MIN_SECRET = 8  # characters; a shorter key is a stand-in, and may be part of any word
 MAX_ANSWER_BYTES = 64 * 1024 * 1024  # for each image, unpacked; raw 4K pixels are half of it
 MAX_ERROR_BYTES = 1024 * 1024
@@ -435,6 +438,12 @@ def one_line(message: object) -> str:
     text = redacted(str(message)[:MAX_ERROR_BYTES])
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= 600 else line[:600] + "…"
+
+
+def is_visible(name: str) -> bool:
+    """Tell whether a name can stand in a line: no control characters, nor those that turn it."""
+    odd = (c for c in name if not c.isprintable())
+    return all(unicodedata.category(c) not in ("Cc", "Zl", "Zp") and c not in TURNING for c in odd)
 
 
 def dollars(amount: float) -> str:
@@ -933,7 +942,7 @@ def as_visible(value: object) -> str:
     name = as_text(value)
     if not name:
         raise argparse.ArgumentTypeError("is empty; give a name")
-    if not name.isprintable():
+    if not is_visible(name):
         raise argparse.ArgumentTypeError(f"must not hold control characters: {received(name)}")
     return name
 
@@ -1468,8 +1477,12 @@ def read_prompt(prompt: str | None, prompt_file: str | None) -> str:
         return prompt
     try:
         with opened(prompt_file, "--prompt-file") as file:
-            content = file.read().decode("utf-8-sig")
-        return as_text(content.replace("\r\n", "\n").replace("\r", "\n"))
+            content = file.read(MAX_LINE_BYTES)
+        if len(content) == MAX_LINE_BYTES:
+            most = f"at most {MAX_PROMPT_CHARACTERS:,} characters are accepted"
+            raise UsageError(f"--prompt-file {prompt_file} is no prompt, it is too long; {most}")
+        text = content.decode("utf-8-sig")
+        return as_text(text.replace("\r\n", "\n").replace("\r", "\n"))
     except UnicodeDecodeError as error:
         raise UsageError(f"--prompt-file {prompt_file} is not UTF-8: {error.reason}") from None
     except argparse.ArgumentTypeError as error:
@@ -1507,11 +1520,10 @@ def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def parse_job_line(line: str | UnicodeDecodeError) -> dict[str, Any]:
+def parse_job_line(line: str | ImageGenError) -> dict[str, Any]:
     """Return the keys of one job: an object, a JSON string, or plain text as its prompt."""
-    if isinstance(line, UnicodeDecodeError):
-        way = "if it is of Windows: iconv -f CP1252 -t UTF-8 (Chinese: GB18030, Japanese: CP932)"
-        raise ImageGenError(f"is not UTF-8 ({line.reason} at byte {line.start}); {way}")
+    if isinstance(line, ImageGenError):
+        raise line
     try:
         job = json.loads(
             line, parse_constant=no_constant, parse_int=json_number, object_pairs_hook=no_duplicates
@@ -1589,13 +1601,26 @@ INVISIBLE = re.compile(
 )
 
 
-def job_lines(file: Iterable[bytes]) -> Iterator[tuple[int, str | UnicodeDecodeError]]:
-    """Yield the number and the content of each line that holds a job."""
+def bounded_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines of a file; one that would fill the memory comes in pieces."""
+    return iter(functools.partial(file.readline, MAX_LINE_BYTES), b"")
+
+
+def job_lines(file: Iterable[bytes]) -> Iterator[tuple[int, str | ImageGenError]]:
+    """Yield the number of each line that holds a job, and its content or what is wrong with it."""
     for number, line in enumerate(file, start=1):
+        if len(line) == MAX_LINE_BYTES or number > MAX_LINES:
+            most = f"{MAX_LINES:,} lines of {MAX_LINE_BYTES:,} bytes are read at most"
+            yield number, ImageGenError(f"is too much: {most}")
+            return
         try:
             stripped = INVISIBLE.sub("", line.decode()).rstrip()
         except UnicodeDecodeError as error:
-            yield number, error
+            way = (
+                "if it is of Windows: iconv -f CP1252 -t UTF-8 (Chinese: GB18030, Japanese: CP932)"
+            )
+            said = f"is not UTF-8 ({error.reason} at byte {error.start}); {way}"
+            yield number, ImageGenError(said)
         else:
             if stripped and not stripped.startswith("#"):
                 yield number, stripped
@@ -1630,9 +1655,9 @@ class Shape:
         self.lines: list[str] = []  # those that are not empty
         self.is_utf8 = True
 
-    def read(self, file: Iterable[bytes]) -> Iterator[bytes]:
+    def read(self, file: BinaryIO) -> Iterator[bytes]:
         """Pass lines on, and remember how they look."""
-        for line in file:
+        for line in bounded_lines(file):
             self.head = self.head or line[:SAMPLE]
             text = line[:SAMPLE].decode(errors="replace").lstrip("\ufeff\u200b").rstrip()
             if text.strip() and len(self.lines) < SAMPLE:
@@ -1788,7 +1813,7 @@ def refuse_foreign(shape: Shape, source: str) -> None:
 
 
 def read_job(
-    number: int, line_number: int, line: str | UnicodeDecodeError, flags: Mapping[str, Any]
+    number: int, line_number: int, line: str | ImageGenError, flags: Mapping[str, Any]
 ) -> tuple[Job, list[str]]:
     """Read a job of a batch, and what is wrong with its line."""
     try:
@@ -2302,7 +2327,7 @@ def read_entry(line: bytes) -> Entry | None:
             and 0 <= cost < 1e9
             and isinstance(entry.asked, dict)
             and str(entry.digest).startswith(f"{DIGEST_VERSION}-")
-            and entry.name.isprintable()
+            and is_visible(entry.name)
             and os.path.basename(entry.name) == entry.name
             and re.fullmatch(TEMPORARY_NAME, entry.temporary)
         ):
@@ -2328,7 +2353,7 @@ def read_manifest(folder: str) -> Memory:
     with suppress(OSError):
         if os.path.isfile(name):
             with open(name, "rb") as file:
-                for entry in filter(None, map(read_entry, file)):
+                for entry in filter(None, map(read_entry, bounded_lines(file))):
                     memory = add_to(memory, entry)
     return memory
 
@@ -2495,7 +2520,7 @@ def select_jobs(jobs: Sequence[Job], only: str, paths: Mapping[Slot, str]) -> se
     for part in [only] if only in named else map(str.strip, only.split(",")):
         span = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part)
         low, high = (int(span[1]), int(span[2] or span[1])) if span else (0, 0)
-        meant = {job.number for job in jobs if low <= job.number <= high}
+        meant = {*range(max(1, low), min(high, len(jobs)) + 1)}
         meant |= {named[part]} if part in named else set()
         if not meant:
             close = difflib.get_close_matches(part, named, n=1)
@@ -3024,7 +3049,8 @@ def check_mask(called: str, picture: Picture, request: ImageRequest) -> Iterator
         what = "has no alpha channel, and what is transparent in it is edited"
         yield f"{called} {what}; {mask_hint(request)}"
     elif isinstance(look, str):
-        finding = Notice if by_alpha or not has_pillow() else str
+        harmless = by_alpha and not request.keep_unmasked
+        finding = Notice if harmless or not has_pillow() else str
         yield finding(f"{called} is not measured: {look}")
     elif by_alpha and look.least == 255:
         what = "nothing would be edited, it is opaque everywhere"
@@ -3068,10 +3094,17 @@ def check_aspect(request: ImageRequest, inspect: Callable[[str], InputFile]) -> 
         yield Notice(
             f"size auto may come back in another aspect than {name} ({picture.size}){lost}; {hint}"
         )
-    if request.keep_unmasked and picture.oddity in ("CMYK", DEEP):
-        yield f"keep_unmasked: {name} is {picture.oddity}; convert it to RGB of 8 bits first"
-    if request.keep_unmasked and picture.width * picture.height > MAX_COPY_PIXELS:
-        yield f"keep_unmasked: {name} has more than {MAX_COPY_PIXELS:,} pixels; give a smaller one"
+    pixels = picture.width * picture.height
+    for fault, found in (
+        ("is cut off at its end; give a whole image", not picture.whole),
+        (
+            f"is {picture.oddity}; convert it to RGB of 8 bits first",
+            picture.oddity in ("CMYK", DEEP),
+        ),
+        (f"has more than {MAX_COPY_PIXELS:,} pixels; give a smaller one", pixels > MAX_COPY_PIXELS),
+    ):
+        if request.keep_unmasked and found:
+            yield f"keep_unmasked: {name} {fault}"
 
 
 def check_run(options: RunOptions) -> Iterator[str]:
@@ -3295,9 +3328,9 @@ def check_base_url(value: str | None) -> Iterator[str]:
         yield "OPENAI_BASE_URL is set and empty; unset it, or give the address of the API"
     elif value != value.strip():
         yield "OPENAI_BASE_URL begins or ends with white space; take it away"
-    elif not value.startswith(("http://", "https://")) or not has_host(value):
+    elif not value.lower().startswith(("http://", "https://")) or not has_host(value):
         yield f"OPENAI_BASE_URL {shown} has to begin with https:// and a host"
-    elif value.startswith("http:") and not is_loopback(urls.urlsplit(value).hostname or ""):
+    elif value.lower().startswith("http:") and not is_loopback(urls.urlsplit(value).hostname or ""):
         yield Notice(
             "OPENAI_BASE_URL begins with http://: the key, the prompts and the images cross the "
             "network in clear; use https://"
@@ -3358,10 +3391,9 @@ def check_environment(*, pillow: bool) -> Iterator[str]:
 
 def folded(findings: Iterable[tuple[int, str]]) -> list[str]:
     """Return each text once, with the lines that it concerns."""
-    lines: dict[str, list[int]] = {}
+    lines: dict[str, dict[int, None]] = {}
     for line, finding in findings:
-        if line not in lines.setdefault(finding, []):
-            lines[finding].append(line)
+        lines.setdefault(finding, {})[line] = None
     sentences = []
     for finding, (first, *rest) in lines.items():
         more = f" and {len(rest) - 10:,} more" if len(rest) > 10 else ""
@@ -3556,14 +3588,15 @@ def advised_delay(headers: Mapping[str, str]) -> float | None:
     return max((reset for reset in resets if reset is not None), default=None)
 
 
-def explanation(said: object) -> str:
-    """Return the words in which an error explains itself, "" if there are none."""
-    if isinstance(said, dict):
-        return next(filter(None, (explanation(said.get(key)) for key in EXPLANATION_KEYS)), "")
-    if isinstance(said, list):
-        return "; ".join(filter(None, map(explanation, said)))
-    if said is None or isinstance(said, bool):
+def explanation(said: object, depth: int = 8) -> str:
+    """Return the words in which an error explains itself, "" if there are none, or too deep."""
+    if said is None or isinstance(said, bool) or not depth:
         return ""
+    if isinstance(said, dict):
+        found = (explanation(said.get(key), depth - 1) for key in EXPLANATION_KEYS)
+        return next(filter(None, found), "")
+    if isinstance(said, list):
+        return "; ".join(filter(None, (explanation(each, depth - 1) for each in said)))
     text = str(said).strip()
     if not text.startswith("<"):
         return text
@@ -3774,7 +3807,7 @@ class RateGate:
         if now >= self.resume_at:
             self.paused_before = self.paused
             self.paused_at = self.resume_at = now
-        if not self.refused:
+        if not self.refused and delay <= self.max_wait:
             self.notify(delay)
         self.refused += 1
         self.paced = True
@@ -3879,12 +3912,16 @@ class EventReader:
     def __init__(self) -> None:
         self.line = bytearray()
         self.data: list[bytes] = []
+        self.behind_cr = False  # a line feed does not end another line
 
     def feed(self, chunk: bytes) -> Iterator[dict[str, Any]]:
         """Yield the JSON objects of the events that a piece of the stream completes."""
         begin = 0
+        chunk = chunk[1:] if self.behind_cr and chunk.startswith(b"\n") else chunk
+        self.behind_cr = chunk.endswith(b"\r")
+        chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         while (end := chunk.find(b"\n", begin)) >= 0:
-            line = bytes(self.line + chunk[begin:end]).rstrip(b"\r")
+            line = bytes(self.line + chunk[begin:end])
             self.line.clear()
             begin = end + 1
             if line.startswith(b"data:"):
@@ -4018,7 +4055,7 @@ async def is_fetched(url: httpx2.URL, base: httpx2.URL) -> bool:
         return False
     try:
         found = await asyncio.get_running_loop().getaddrinfo(url.host, url.port or 443)
-    except OSError:  # no name service, as behind a proxy; without one, the connection fails
+    except (OSError, UnicodeError):  # no name service, as behind a proxy; else no connection comes
         return True
     return all(ipaddress.ip_address(address[0]).is_global for *_, address in found)
 
@@ -4911,7 +4948,7 @@ def save_image(
     target = output.path
     try:
         with written(os.path.dirname(target), content, sync=True) as temporary:
-            picture = probe_file(temporary)
+            picture = probe(io.BytesIO(content))
             if picture is None or not picture.whole:
                 target = f"{with_room(target)}.damaged"
                 name = settle(temporary, free_names(target), replace=False, reuse=output.collected)
@@ -5275,7 +5312,7 @@ CONDITIONS = {
     "batch_ended": "to submit what is missing anew",
     "max_cost": "with --max-cost ",  # and how much
     "address": "with another OPENAI_BASE_URL",
-    "write": "with room on the disk",
+    "write": "after mending the folder, and moving rescued images to their names",
     "keep": "with --size match or another size of the input's aspect",
     "bad_answer": "to pay for an answer once more",
 }
@@ -6061,6 +6098,7 @@ async def run_jobs(plan: Plan, report: Report) -> list[Outcome]:
 
 STATE_NAME = ".image_gen-batch.json"
 STATE_VERSION = 1
+MAX_STATE_BYTES = 256 * 1024 * 1024  # a tenth of it is that of 50,000 jobs
 MAX_BATCH_LINES = 50_000
 MAX_BATCH_BYTES = 200_000_000
 POLL_SECONDS = 5.0
@@ -6373,7 +6411,7 @@ def load_submission(folder: str) -> Submission | None:
         raise UsageError(f"{name} is no file; move it away")
     try:
         with open(name, "rb") as file:
-            return Submission(folder, json.load(file))
+            return Submission(folder, json.loads(file.read(MAX_STATE_BYTES)))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(
             f"{name} cannot be read ({one_line(error)}); move it away: batches that wait for the "
