@@ -4306,6 +4306,13 @@ UNREADABLE = ("bad_answer", "connection", "timeout")
 EVENT_BEGINS = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:data|event|id|retry)?:")
 # What relays call a task that makes the image later.
 TASK_KEYS = ("id", "task_id", "job_id", "poll_url", "status_url")
+# Where services have their images, and how these begin: data URLs, and PNG, JPEG, WebP and GIF.
+KEYED_STRING = re.compile(
+    rb'"(?:b64_json|b64|base64|image_base64|result|data|image|url|image_url)"'
+    rb'\s*:\s*("(?:[^"\\]++|\\.)*+")'
+)
+IMAGE_BEGINS = re.compile(r"\s*(?:(?i:data:image/)|iVBORw0KGgo|/9j/|UklGR|R0lGOD)")
+DATA_URL = re.compile(rb"data:image\\?/[a-z+.-]+;base64,[\w+/=\\-]+")
 
 
 def load_json(body: bytes) -> Any:  # noqa: ANN401
@@ -4323,11 +4330,28 @@ def load_json(body: bytes) -> Any:  # noqa: ANN401
 def items_of(body: Mapping[str, Any]) -> list[Any]:
     """Return what stands for the images in an answer, or in an event that says it is complete."""
     for key in ("data", "images"):
-        if isinstance(found := body.get(key), list) and found:
+        if isinstance(found := body.get(key), list) and any(map(encoded_in, found)):
             return found
         if encoded_in(found):
             return [found]
-    return [body] if encoded_in(body) else []
+    found = encoded_in(body)  # an address beside an error, or of a task, is that of a page
+    is_image = found is not None and not (is_address(found) and (error_in(body) or is_task(body)))
+    return [body] if is_image else []
+
+
+def error_in(fields: Mapping[str, Any]) -> object:
+    """Return what an answer gives as its error."""
+    return fields.get("error") or fields.get("detail") or fields.get("errors")
+
+
+def is_task(fields: Mapping[str, Any]) -> bool:
+    """Tell whether an answer is a task that makes the image later, as relays have them."""
+    return bool(fields.get("status")) and any(key in fields for key in TASK_KEYS)
+
+
+def is_address(encoded: object) -> bool:
+    """Tell whether what stands for an image is an address at which it is."""
+    return isinstance(encoded, str) and re.match("https?://", encoded, re.IGNORECASE) is not None
 
 
 def encoded_in(item: object) -> str | bytes | None:
@@ -4336,24 +4360,24 @@ def encoded_in(item: object) -> str | bytes | None:
         return item
     fields = mapping(item)
     found = (fields.get(key) for key in ("b64_json", "url"))
-    return next((value for value in found if isinstance(value, str) and value), None)
+    return next(
+        (each for each in found if isinstance(each, str) and each not in ("", "null")), None
+    )
 
 
-def address_in(item: object) -> str:
-    """Return the address at which an item of an answer says that its image is, or nothing."""
-    encoded = encoded_in(item)
-    return encoded if isinstance(encoded, str) and re.match("https?://", encoded) else ""
-
-
-def salvaged(body: bytes) -> list[str]:
+def salvaged(body: bytes, *, addresses: bool) -> list[str]:
     """Return the images of a body that is broken or of an unknown shape, where they are whole.
 
-    That is the strings under the known keys, however deep, else data URLs, as in a text.
+    That is the strings under the keys that are usual, however deep, and may be images; else data
+    URLs, as in a text. A page of HTML has pictures, too, which nobody has asked for.
     """
-    found = re.findall(rb'"(?:b64_json|url)"\s*:\s*("(?:[^"\\]++|\\.)*+")', body)
-    texts = [text for text in map(load_json, found) if isinstance(text, str)]
-    urls_in_text = re.findall(rb"data:image\\?/[a-z+.-]+;base64,[\w+/=\\-]+", body)
-    return texts or [url.decode() for url in urls_in_text]
+    texts = [text for text in map(load_json, KEYED_STRING.findall(body)) if isinstance(text, str)]
+    images = [text for text in texts if IMAGE_BEGINS.match(text)]
+    if addresses and not images:
+        images = list(filter(is_address, texts))
+    if not images and not body.lstrip().startswith(b"<"):
+        images = [url.decode() for url in DATA_URL.findall(body)]
+    return images
 
 
 def events_of(body: bytes) -> dict[str, Any]:
@@ -4373,25 +4397,29 @@ def events_of(body: bytes) -> dict[str, Any]:
 
 def read_answer(body: bytes, raw: Callable[[], bytes], broken: Verdict | None = None) -> Answer:
     """Find what stands for the images in a body: JSON, events, an image, or whole parts of them."""
-    parsed = load_json(body)
+    parsed, whole = load_json(body), body
     if parsed is None and EVENT_BEGINS.match(body):
-        parsed = events_of(body)
+        parsed, whole = events_of(body), b""  # its drafts are no images
         early = httpx2.RemoteProtocolError("the stream ended before the image")
         broken = broken or (None if parsed["data"] else verdict_of(early))
-    elif not isinstance(parsed, list) and not items_of(mapping(parsed)):
+    elif parsed is None:
+        text = body[:MAX_ERROR_BYTES].decode("utf-8", "replace").strip() or "it is empty"
         picture = probe(io.BytesIO(body))
         is_picture = picture is not None and picture.format != "svg"  # a page may hold one
-        text = body[:MAX_ERROR_BYTES].decode("utf-8", "replace").strip() or "it is empty"
-        fields = {"message": text} if parsed is None else mapping(parsed)
-        parsed = {**fields, "data": [body] if is_picture else salvaged(body)}
-    return answer_of(parsed, raw, broken)
+        parsed = {"message": text, "data": [body] if is_picture else []}
+    return answer_of(parsed, lambda: whole, raw, broken)
 
 
-def answer_of(parsed: object, raw: Callable[[], bytes], broken: Verdict | None = None) -> Answer:
-    """Find what stands for the images in a value of JSON."""
+def answer_of(
+    parsed: object,
+    body: Callable[[], bytes],
+    raw: Callable[[], bytes],
+    broken: Verdict | None = None,
+) -> Answer:
+    """Find what stands for the images in a value of JSON, or else anywhere in the body."""
     fields = parsed if isinstance(parsed, dict) else {"data": parsed}
-    items = items_of(fields)
-    error = fields.get("error") or fields.get("detail") or fields.get("errors")
+    error = error_in(fields)
+    items = items_of(fields) or salvaged(body(), addresses=not (error or is_task(fields)))
     if error and not items:
         verdict = judge(ErrorAnswer(200, {"error": error}, {}, ""))
     elif broken:  # what has come of it is not asked for again
@@ -4404,7 +4432,7 @@ def answer_of(parsed: object, raw: Callable[[], bytes], broken: Verdict | None =
 
 def unusable(fields: Mapping[str, Any]) -> str:
     """Say what an answer is that brings no image."""
-    if fields.get("status") and any(key in fields for key in TASK_KEYS):
+    if is_task(fields):
         task = {key: fields[key] for key in ("status", *TASK_KEYS) if key in fields}
         return (
             f"the answer is a task and no image: {one_line(json.dumps(task))}; ask its service for "
@@ -4428,9 +4456,11 @@ def decode_image(encoded: str | bytes) -> bytes:
     """Return the bytes of one image: base64, as careless servers write it too, or a data URL."""
     if isinstance(encoded, bytes):
         return encoded
-    head, comma, rest = encoded.partition(",") if encoded.startswith("data:") else ("", "", encoded)
-    if comma and not head.endswith(";base64"):
+    is_url = re.match(r"\s*data:", encoded, re.IGNORECASE)
+    head, comma, rest = encoded.partition(",") if is_url else ("", "", encoded)
+    if comma and not head.lower().endswith(";base64"):
         return urls.unquote_to_bytes(rest)
+    rest = urls.unquote(rest) if comma and "%" in rest else rest
     with suppress(ValueError):
         return binascii.a2b_base64(rest, strict_mode=True)
     letters = re.sub(r"[^A-Za-z0-9+/]", "", rest.replace("-", "+").replace("_", "/"))
@@ -5775,12 +5805,15 @@ async def bring(
 
     def save_at_once() -> tuple[Answer, list[int], Delivery | None]:
         answer = read()  # and written in the same breath: no other answer waits unpacked
-        named = [index for index, item in enumerate(answer.items) if address_in(item)]
+        named = [n for n, item in enumerate(answer.items) if is_address(encoded_in(item))]
+        for index in reversed(named[MAX_N:]):  # more than a request can ask for
+            del answer.items[index]
+        del named[MAX_N:]
         return answer, named, None if named else save(job, answer)
 
     answer, named, delivery = await run.in_saver(save_at_once)
     for index in named:
-        address = address_in(answer.items[index])
+        address = str(encoded_in(answer.items[index]))
         try:
             with run.in_flight():
                 answer.items[index] = await run.channel.fetch_image(address)
@@ -6635,13 +6668,15 @@ def read_result(file: Spool) -> Result:
         return Result(custom_id, Delivery(failure=failure), is_done=not code.startswith("batch_"))
     body, status = response.get("body"), response.get("status_code")
     sent = Delivery(attempts=1, request_id=str(response.get("request_id") or "") or None)
-    if status != 200:
+    said = body if status == 200 or mapping(body) else {}
+    answer = answer_of(said, file.read, file.read)  # whose images count, whatever the status is
+    if not answer.items and status != 200:
         number = status if isinstance(status, int) else 200
         failure = judge(ErrorAnswer(number, body if mapping(body) else error, {}, "")).failure
         if failure.kind == "address":  # that of the batch was right
             failure = failure._replace(kind="invalid_request", message=one_line(explanation(body)))
         return Result(custom_id, sent._replace(failure=failure))
-    return Result(custom_id, sent, answer_of(body, file.read))
+    return Result(custom_id, sent, answer)
 
 
 def batch_failure(kind: str, code: str, message: str) -> Failure:
