@@ -2261,7 +2261,7 @@ def find_missing(job: Job, options: RunOptions, claims: Claims | None) -> Job:
 # automatic name gives way, or it is stale, and stays until --remake.
 
 DIGEST_VERSION = 1
-TEMPORARY_NAME = r"(\.image_gen-[0-9a-f]+\.tmp)?"
+TEMPORARY_NAME = r"(\.image_gen-[0-9a-f]{12}([0-9a-f]{64})?\.tmp)?"
 UNDIGESTED = ("n", "stream", "partial_images", "safety_identifier")  # they change no image
 
 
@@ -3939,6 +3939,41 @@ class EventReader:
                 yield event
 
 
+class Unpacker:
+    """The decoder of an answer, which passes on what is not packed, whatever its label says."""
+
+    def __init__(self, decoder: Any) -> None:  # noqa: ANN401 - of the HTTP library
+        self.decoder = decoder
+        self.head = b""  # what has come before anything was unpacked
+        self.is_packed: bool | None = None
+
+    def decode(self, data: bytes) -> Iterator[bytes]:
+        """Yield what a piece of the body unpacks to."""
+        if self.is_packed is None:
+            self.head += data
+        try:
+            for piece in (data,) if self.is_packed is False else self.decoder.decode(data):
+                self.is_packed = True if piece and self.is_packed is None else self.is_packed
+                yield piece
+        except httpx2.DecodingError:
+            if self.is_packed:
+                raise
+            self.is_packed = False
+            yield self.head
+
+    def flush(self) -> Iterator[bytes]:
+        """Yield what is left."""
+        yield from () if self.is_packed is False else self.decoder.flush()
+
+
+async def unlabel(response: httpx2.Response) -> None:
+    """Let an answer be read whose label of a compression is wrong, as some proxies leave it."""
+    if "content-encoding" in response.headers:
+        with suppress(AttributeError):  # private, and there is no other way; since httpx2 2.12
+            decoder: Any = Unpacker(response._get_content_decoder())  # noqa: SLF001
+            response._decoder = decoder  # noqa: SLF001
+
+
 def file_part(stack: ExitStack, part: Part, name: str) -> tuple[str, BinaryIO, str]:
     """Open a file to be sent; its name and content type are those of its bytes, not its suffix.
 
@@ -4105,6 +4140,7 @@ class Channel:
     async def on_answer(self, response: httpx2.Response) -> None:
         """Take note of an answer's head."""
         self.reached = True
+        await unlabel(response)
         await refuse_answer(response)
 
     async def send(self, job: Job, exchange: Exchange, on_draft: OnDraft) -> Spool:
@@ -4265,7 +4301,8 @@ class Channel:
     async def get(self, address: str) -> bytes:
         """GET an image once, through a few redirects."""
         url, base = httpx2.URL(address), httpx2.URL(self.client.base_url)
-        async with httpx2.AsyncClient(timeout=self.timeout) as client:
+        hooks = {"response": [unlabel]}
+        async with httpx2.AsyncClient(timeout=self.timeout, event_hooks=hooks) as client:
             for _ in range(1 + MAX_REDIRECTS):
                 if not await is_fetched(url, base):
                     raise bad_answer(f"it is not fetched from {origin(url)[1]} for safety's sake")
@@ -4714,16 +4751,17 @@ def make_folder(folder: str) -> list[str]:
     return made
 
 
-def temporary_name(folder: str) -> str:
-    """Return a name for a file that is to get its own."""
-    return os.path.join(folder, f".image_gen-{os.urandom(6).hex()}.tmp")
+def temporary_name(folder: str, digest: str = "") -> str:
+    """Return a name for a file that is to get its own; an image tells what it was made from."""
+    told = digest.rpartition("-")[2]
+    return os.path.join(folder, f".image_gen-{os.urandom(6).hex()}{told}.tmp")
 
 
 @contextmanager
-def written(folder: str, content: bytes, *, sync: bool = False) -> Iterator[str]:
+def written(folder: str, content: bytes, *, sync: bool = False, digest: str = "") -> Iterator[str]:
     """Write a whole file under a temporary name, which goes in the end. Raises OSError."""
     make_folder(folder)
-    temporary = temporary_name(folder)
+    temporary = temporary_name(folder, digest)
     try:
         with open(temporary, "xb") as file:
             file.write(content)
@@ -4758,7 +4796,9 @@ def linked(path: str) -> Iterator[str]:
 #
 #   temporary file, synced ──► line with both names, synced ──► the name ──► folder synced
 #
-# The next run gives the name to a temporary file that is as its line says (finish_images).
+# The next run gives the name to a temporary file that is as its line says (finish_images), and to
+# one that is not in the manifest yet the name of a job for which it was made (take_up_images): the
+# temporary name tells the digest of the request.
 
 
 class Manifest:
@@ -4975,9 +5015,9 @@ def save_image(
     """
     if not content:
         raise bad_answer("an image of the answer is empty")
-    target = output.path
+    target, digest = output.path, note.entry.digest if note else ""
     try:
-        with written(os.path.dirname(target), content, sync=True) as temporary:
+        with written(os.path.dirname(target), content, sync=True, digest=digest) as temporary:
             picture = probe(io.BytesIO(content))
             if picture is None or not picture.whole:
                 target = f"{with_room(target)}.damaged"
@@ -5081,6 +5121,30 @@ def note_on(job: Job, delivery: Delivery, manifest: Manifest | None) -> Note | N
     entry = Entry("", job.digest, job.asked, job.request.title, job.request.model)
     entry = entry._replace(usage=delivery.usage, cost_usd=delivery.cost_usd)
     return Note(manifest, entry._replace(request_id=delivery.request_id))
+
+
+def take_up_images(jobs: Iterable[Job], manifest: Manifest) -> Iterator[Notice]:
+    """Name images whose run was killed before the manifest knew of them. Raises OSError."""
+    known = {entry.temporary for entry in manifest.memory.entries.values()}
+    made_from = {job.digest.rpartition("-")[2]: job for job in jobs if job.digest}
+    for name in sorted(os.listdir(manifest.folder or ".")):
+        path, found = os.path.join(manifest.folder, name), re.fullmatch(TEMPORARY_NAME, name)
+        if not (name and found and found[2]) or name in known:
+            continue
+        job, picture = made_from.get(found[2]), probe_file(path)
+        with open(path, "rb") as file:
+            content = file.read()
+        note = note_on(job, Delivery(), manifest) if job else None
+        suffix = picture.format if picture else "image"
+        rescued = os.path.join(manifest.folder, f"image_gen-rescued-{name[11:23]}.{suffix}")
+        planned = [output.planned for output in job.outputs] if job else [rescued]
+        names: Iterator[str] = chain(planned, free_names(planned[0]))
+        if picture is None or not picture.whole:
+            names, note = free_names(f"{with_room(planned[0])}.damaged"), None
+        if content:
+            kept = settle(path, names, note=note and note.about(content))
+            yield Notice(f"an image of a run that was killed is now {kept}")
+        remove_files([path])
 
 
 def save_answer(
@@ -6193,6 +6257,7 @@ class Batch(NamedTuple):
 
     id: str
     status: str
+    input_file: str
     files: tuple[str, ...]  # of output and of errors
     counts: tuple[int, int, int] | None  # total, completed, failed
     errors: tuple[tuple[int, str, str | None], ...]  # line or 0, words, code
@@ -6219,6 +6284,7 @@ class Batch(NamedTuple):
         return cls(
             own_id,
             one_line(status)[:40],
+            fields["input_file_id"] if is_id(fields.get("input_file_id")) else "",
             tuple(
                 fields[key] for key in ("output_file_id", "error_file_id") if is_id(fields.get(key))
             ),
@@ -7090,8 +7156,11 @@ class BatchClient:
             waits = pending or (batch.status == "completed" and not self.submission.force)
             if batch.id in own or said.get(RUN_KEY) == self.submission.id:
                 continue
-            if same and here and waits:
-                self.run.report.note(f"batch {batch.id} was submitted for these jobs, going on")
+            if same and waits and (here or (not pending and await self.is_uncollected(batch))):
+                where = "" if here else " elsewhere, and is not collected"
+                self.run.report.note(
+                    f"batch {batch.id} was submitted for these jobs{where}, going on"
+                )
                 found.append(batch.id)
             elif pending and (same or here) and not self.submission.force:
                 self.refuse_beside(batch, same=same)
@@ -7101,6 +7170,19 @@ class BatchClient:
             shard.batch_id, *shard.twins = found
             self.sent_at[shard.index] = self.run.clock()
             self.submission.advance(shard, Stage.CREATED)
+
+    async def is_uncollected(self, batch: Batch) -> bool:
+        """Tell whether a batch has its input file: whoever has collected it deletes that (tidy)."""
+        if not batch.input_file:
+            return False
+        retrieve = functools.partial(self.api.files.with_raw_response.retrieve, batch.input_file)
+        try:
+            await self.call(retrieve, StoredFile.read, gives_up_on=("batch_api",))
+        except JobError as error:
+            if is_unknown(error):
+                return False
+            raise
+        return True
 
     def refuse_beside(self, batch: Batch, *, same: bool) -> NoReturn:
         """Refuse to submit what another batch may be doing already."""
@@ -7646,17 +7728,23 @@ def refusing(folder: str) -> Iterator[None]:
 
 def recall(
     jobs: Sequence[Job], former: Submission | None, options: RunOptions
-) -> tuple[list[Job], Memory]:
-    """Return jobs with what makes their images, and what the folder remembers of its images."""
+) -> tuple[list[Job], Memory, list[Notice]]:
+    """Return jobs with what makes their images, what the folder remembers, and what it has found.
+
+    Images of a run that was killed get their names.
+    """
     folder = options.out_dir or ""
     memory = read_manifest(folder)
     if options.dry_run and not memory.entries:  # nothing to compare with
-        return list(jobs), memory
+        return list(jobs), memory, []
+    sent = former.sources if former and not former.finished else {}
+    digested, found = [with_digest(job, sent) for job in jobs], []
     if not options.dry_run:
         with refusing(folder):
-            finish_images(Manifest(folder, memory))
-    sent = former.sources if former and not former.finished else {}
-    return [with_digest(job, sent) for job in jobs], memory
+            manifest = Manifest(folder, memory)
+            finish_images(manifest)
+            found = list(take_up_images(digested, manifest))
+    return digested, memory, found
 
 
 def plan_command(arguments: Arguments, options: RunOptions) -> tuple[Plan, Submission | None]:
@@ -7668,7 +7756,8 @@ def plan_command(arguments: Arguments, options: RunOptions) -> tuple[Plan, Submi
     chosen = {job.number for job in jobs}
     if arguments.command == "generate-batch":
         former = load_submission(options.out_dir or ".")
-        jobs, memory = recall(jobs, former, options)
+        jobs, memory, found_now = recall(jobs, former, options)
+        problems += ((0, notice) for notice in found_now)
         claims = Claims(jobs, memory.entries, options.out_dir or "")
     if options.only is not None and jobs:
         chosen = select_jobs(jobs, options.only, claims.paths if claims else {})

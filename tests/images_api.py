@@ -1597,6 +1597,10 @@ class ImagesAPI:
     def batches(self) -> list[Batch]:
         return list(self._service.batches.values())
 
+    def forget_batches(self) -> None:
+        """Go on as a service that has had none."""
+        self._service.batches.clear()
+
     @property
     def files(self) -> list[StoredFile]:
         return list(self._service.files.values())

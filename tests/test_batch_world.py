@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import image_gen
 import live
+import openai
 import pytest
 from images_api import (
     Answer,
@@ -679,6 +680,23 @@ def test_the_same_jobs_may_be_submitted_again_when_they_are_done(
     assert len(api.batches) == 2
     assert run(*queued(2, "--force")).exit_code == 0
     assert len(api.batches) == 3
+
+
+def test_a_batch_that_has_ended_and_was_not_collected_is_collected_elsewhere(
+    run: Run, api: ImagesAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a runner of continuous integration has gone, and its folder with it."""
+    api.plan_batch(GOES_ON)
+    assert run(*queued(2, "--no-wait")).exit_code == 3
+    api.batches[0].states.append("completed")
+    client = openai.OpenAI(max_retries=0)
+    assert client.batches.retrieve(api.batches[0].id).status == "completed"
+    client.close()
+    elsewhere(monkeypatch)
+    result = run(*queued(2))
+    assert (result.exit_code, len(api.batches)) == (0, 1), result.stderr
+    assert "was submitted for these jobs elsewhere, and is not collected, going on" in result.stderr
+    assert made() == live.images(1, 2)
 
 
 def test_an_image_that_is_collected_has_its_line_once(run: Run, api: ImagesAPI) -> None:

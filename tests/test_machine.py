@@ -85,7 +85,7 @@ def test_every_folder_of_a_run_is_proved(run: Run, api: ImagesAPI) -> None:
     written: list[str] = []
     original = image_gen.written
 
-    def noted(folder: str, content: bytes, **options: bool) -> Any:  # noqa: ANN401
+    def noted(folder: str, content: bytes, **options: Any) -> Any:  # noqa: ANN401
         written.append(folder)
         return original(folder, content, **options)
 
