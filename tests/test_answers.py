@@ -67,6 +67,21 @@ SHAPES = {
     "half a surrogate pair": answered(WHOLE.replace(b'"created": 1', b'"note": "\\ud83d"')),
     "no number": answered(WHOLE.replace(b"7}", b"NaN}")),
     "a number without end": answered(WHOLE.replace(b"7}", b"1e999}")),
+    "lines that end with CR": answered(
+        sse().replace(b"\n", b"\r"), content_type="text/event-stream"
+    ),
+    "a compression that it has not": changed(
+        lambda _: replace(Answer.of(WHOLE), headers={"content-encoding": "gzip"})
+    ),
+    "the Responses API": answered(json.dumps({"output": [{"result": FOX_TEXT}]}).encode()),
+    "Gemini": answered(json.dumps({"parts": [{"inlineData": {"data": FOX_TEXT}}]}).encode()),
+    "another key": answered(document({"b64": FOX_TEXT})),
+    "null beside an address": answered(
+        document({"b64_json": "null", "url": "DATA:image/png;BASE64," + FOX_TEXT})
+    ),
+    "an escaped data URL": answered(
+        document({"url": " data:image/png;base64," + FOX_TEXT.replace("+", "%2B")})
+    ),
     "a number of 5,000 digits": answered(WHOLE.replace(b"7}", b"7" * 5000 + b"}")),
     "its last chunk missing": changed(
         lambda _: replace(Answer.of(WHOLE), length=len(WHOLE) + 2, breaks_after=len(WHOLE))
@@ -133,6 +148,15 @@ UNREADABLE = {
         answered(b'{"ok": true, "sk": "%s"}' % SECRET.encode()),
         '"ok": true',
     ),
+    "a page with a logo": (
+        answered(b'<title>Log in</title><img src="data:image/png;base64,%s">' % FOX_TEXT.encode()),
+        "Log in",
+    ),
+    "a task with an address": (
+        answered(b'{"id": "task_81f", "status": "queued", "url": "https://a.example/task_81f"}'),
+        "ask its service",
+    ),
+    "a nest": (answered(b'{"message": %s1%s}' % (b"[" * 900, b"]" * 900)), "no image"),
     "text": (answered(b"moved to " + SECRET.encode()), "moved to [key]"),
 }
 
@@ -304,6 +328,7 @@ class Shop(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Visit)
         self.url = f"http://127.0.0.1:{self.server_port}"
+        self.answer = document({"url": f"{self.url}/fox.png"})
         self.seen: list[tuple[str, str, dict[str, str]]] = []
         self.replies: dict[str, list[tuple[int, dict[str, str], bytes]]] = {}
 
@@ -325,7 +350,7 @@ class Visit(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["content-length"]))
         self.server.replies.setdefault(self.path, []).insert(
-            0, (200, {"set-cookie": "id=7"}, document({"url": f"{self.server.url}/fox.png"}))
+            0, (200, {"set-cookie": "id=7"}, self.server.answer)
         )
         self.do_GET()
 
@@ -388,6 +413,14 @@ def test_an_address_that_is_not_fetched_is_told(run: Run, api: ImagesAPI, addres
     assert len(api.requests) == 1
 
 
+def test_a_host_that_cannot_be_is_told(run_process: Run, api: ImagesAPI) -> None:
+    address = f"https://{'a' * 64}.example/x.png"
+    api.script(answered(document({"url": address})))
+    result = run_process(*live.generate())
+    assert f"the image at {address} was not fetched" in live.error(result)
+    assert "Traceback" not in result.stderr
+
+
 def test_what_stays_away_is_asked_for_again_and_the_image_never(run: Run) -> None:
     with shop() as server:
         server.replies["/fox.png"] = [(500, {}, b"")] * 9
@@ -395,6 +428,15 @@ def test_what_stays_away_is_asked_for_again_and_the_image_never(run: Run) -> Non
         methods = [method for method, _, _ in server.seen]
     assert f"the image at {server.url}/fox.png was not fetched: HTTP 500" in live.error(result)
     assert methods == ["POST", "GET", "GET", "GET"]
+
+
+def test_of_many_addresses_as_many_are_fetched_as_can_be_asked_for(run: Run) -> None:
+    with shop() as server:
+        links = [{"url": f"{server.url}/{number}.png"} for number in range(300)]
+        server.answer = json.dumps({"links": links}).encode()
+        assert bought(run, server).exit_code == 0
+        methods = [method for method, _, _ in server.seen]
+    assert methods == ["POST", *["GET"] * image_gen.MAX_N]
 
 
 def test_redirects_come_to_an_end(run: Run) -> None:

@@ -753,6 +753,15 @@ def test_an_error_file_without_an_output_file_gives_each_job_its_error(
     assert "Rejected: gore." in result.stderr
 
 
+@pytest.mark.parametrize("code", ["200", 201, None, 502])
+def test_an_image_of_a_result_counts_whatever_its_status_says(
+    run: Run, api: ImagesAPI, code: object
+) -> None:
+    api.plan_batch(changed(lambda line: line["response"].update(status_code=code)))
+    assert run(*queued(2)).exit_code == 0
+    assert made() == live.images(1, 2)
+
+
 @pytest.mark.parametrize(
     ("kept", "change"),
     [
@@ -760,7 +769,7 @@ def test_an_error_file_without_an_output_file_gives_each_job_its_error(
         pytest.param("", lambda line: line.update(response="gone"), id="response is text"),
         pytest.param("", lambda line: line.update(response=[1]), id="response is a list"),
         pytest.param(
-            "", lambda line: line.update(response={"status_code": "200"}), id="text status"
+            "", lambda line: line.update(response={"status_code": "200"}), id="text and no body"
         ),
         pytest.param("answer", lambda line: line["response"].update(body=None), id="no body"),
         pytest.param(

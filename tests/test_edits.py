@@ -747,6 +747,14 @@ def test_auto_is_warned_of_where_the_aspect_is_unusual(
 
 
 @pytest.mark.usefixtures("room")
+def test_a_kept_picture_needs_a_whole_input(run: Run) -> None:
+    mask().save("mask.png")
+    Path("room.png").write_bytes(Path("room.png").read_bytes()[:-9])
+    argv = edit("--keep-unmasked", "--size", "match", "--dry-run")
+    assert dry.problem(run(*argv)).endswith("room.png is cut off at its end; give a whole image")
+
+
+@pytest.mark.usefixtures("room")
 def test_auto_is_warned_of_where_a_kept_picture_needs_the_aspect(run: Run) -> None:
     mask().save("mask.png")
     (warning,) = dry.warnings(run(*edit("--keep-unmasked", "--dry-run")))

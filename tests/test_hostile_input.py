@@ -130,6 +130,31 @@ def test_names_that_are_odd_elsewhere_work_or_are_refused_by_name(run: Run, name
         assert dry.document(result)["outputs"][0].startswith(f"out/{name}")
 
 
+@pytest.mark.parametrize(
+    "name", ["雪　山.png", "Schloß\u00a0.png", "\N{WOMAN}\u200d\N{FIRE ENGINE}.png"]
+)
+def test_names_of_any_script_are_taken(run: Run, name: str) -> None:
+    assert dry.document(dry.generate(run, "--out", name))["outputs"] == [name]
+
+
+@pytest.mark.parametrize("name", ["a\u2028b.png", "a\u202egnp.exe", "a\x9bb.png"])
+def test_names_that_would_break_or_turn_a_line_are_refused(run: Run, name: str) -> None:
+    assert "must not hold control characters" in dry.problem(dry.generate(run, "--out", name))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("generate-batch", "--out-dir", "out", "--input"), "looks like no text"),
+        (("generate", "--prompt-file"), "is no prompt, it is too long"),
+    ],
+)
+def test_a_file_without_end_is_no_prompt_and_no_jobs(
+    run: Run, flags: tuple[str, ...], said: str
+) -> None:
+    assert said in dry.problem(run(*flags, "/dev/zero", "--dry-run"))
+
+
 def test_names_of_300_bytes_are_refused(run: Run) -> None:
     told = dry.problems(
         dry.batch(

@@ -138,6 +138,29 @@ def test_the_line_is_synced_before_the_name_is_given(
     assert last == ["image", image_gen.MANIFEST_NAME, "castle.png", "out"]
 
 
+@pytest.mark.parametrize("left", ["whole", "cut", "of another line"])
+def test_an_image_of_which_the_manifest_does_not_know_yet_is_taken_up(
+    run: Run, api: ImagesAPI, left: str
+) -> None:
+    """As a run leaves it that is killed behind the sync of an image."""
+    assert resumed(run, ["a fox"]).exit_code == 0
+    (entry,) = entries().values()
+    digest = str(entry["digest"]).rpartition("-")[2] if left != "of another line" else "0" * 64
+    image = Path("out/001-a-fox.png").read_bytes()
+    Path("out/001-a-fox.png").unlink()
+    Path("out", image_gen.MANIFEST_NAME).unlink()
+    temporary = Path(f"out/.image_gen-{'1' * 12}{digest}.tmp")
+    temporary.write_bytes(image[:-9] if left == "cut" else image)
+    result = resumed(run, ["a fox"])
+    name = {"whole": "001-a-fox.png", "cut": "001-a-fox.png.damaged"}.get(
+        left, f"image_gen-rescued-{'1' * 12}.png"
+    )
+    assert f"Warning: an image of a run that was killed is now out/{name}" in result.stderr
+    assert image.startswith(Path("out", name).read_bytes())
+    assert (result.exit_code, len(api.requests)) == (0, 1 if left == "whole" else 2)
+    assert not temporary.exists()
+
+
 def test_single_commands_leave_no_manifest(run: Run) -> None:
     assert run(*live.generate(out="out/fox.png")).exit_code == 0
     assert os.listdir("out") == ["fox.png"]
