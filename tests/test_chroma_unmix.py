@@ -424,6 +424,50 @@ def test_a_clear_pane_in_a_frame_is_glass(tmp_path: Path) -> None:
     assert cut[50:78, 50:78, 3].mean() == pytest.approx(51, abs=6)
 
 
+@pytest.mark.parametrize("key", [GREEN, (255, 0, 255), (0, 0, 255), (228, 7, 206)], ids=HEX)
+@pytest.mark.parametrize(
+    "colour",
+    [
+        pytest.param((200, 60, 50), id="red"),
+        pytest.param((60, 66, 72), id="smoked"),
+        pytest.param((240, 245, 245), id="clear"),
+    ],
+)
+def test_lenses_that_grow_denser_are_glass_in_spite_of_their_crisp_rim(
+    key: Colour, colour: Colour, tmp_path: Path
+) -> None:
+    rows, columns = grid(160)
+    away = np.hypot(rows - 80, columns - 80)
+    rim, lens = (supersampled(160, mask) for mask in ((away < 66) & (away > 60), away < 63))
+    ramp = 0.7 - 0.45 * (grid(160, 1)[0] - 17) / 126
+    alpha = rim + ramp * lens * (1 - rim)
+    truth = Subject(
+        colour=np.where(rim[..., None] > 0, flat(160, (90, 60, 40)), flat(160, colour)), alpha=alpha
+    )
+    cut = cut_out(tmp_path, truth.composite(key, noise=0.7), *UNMIX)
+    inner = np.s_[40:120, 40:120]
+    assert np.abs(cut[..., 3][inner] / 255 - alpha[inner]).mean() < 0.12
+
+
+@pytest.mark.parametrize(
+    ("key", "colour"),
+    [
+        pytest.param(GREEN, (90, 190, 70), id="green on green"),
+        pytest.param((255, 0, 255), (190, 70, 200), id="violet on magenta"),
+        pytest.param((0, 0, 255), (60, 110, 220), id="blue on blue"),
+    ],
+)
+def test_a_shaded_ball_of_the_key_s_hue_is_no_glass(
+    key: Colour, colour: Colour, tmp_path: Path
+) -> None:
+    truth = disc(colour, size=160, radius=62)
+    rows, columns = grid(160, 1)
+    light = 1.15 - np.hypot(rows - 60, columns - 60) / 170
+    truth.colour[...] = np.clip(truth.colour * light[..., None], 0, 255)
+    cut = cut_out(tmp_path, truth.composite(key, noise=0.7), *UNMIX)
+    assert (cut[..., 3][truth.alpha == 1] > 245).mean() > 0.97
+
+
 # ── Parts ────────────────────────────────────────────────────────────────────────────────────────
 
 
