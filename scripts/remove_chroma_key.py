@@ -1340,7 +1340,7 @@ WIDE_REACH = 3  # pixels around one that are faint where a veil is; 4: alike; no
 BLOTCH_GRAINS = 5  # the blotches, in grains of the border …
 BLOTCH_LEVELS = 12  # … and at least, if painted; 15: -0.1 dB in webs; none: a tenth more haze
 LOSSY_GRAIN = 1.8  # levels, at least, of a JPEG, whose edges ring; 2.5: -0.1 dB in JPEGs
-EDGE_FROM = 32  # levels from the key; beside such a pixel a faint one is its edge; 48: -0.1 dB
+EDGE_FROM = 30  # levels from the key; beside such a pixel a faint one is its edge; 24: more haze
 VEIL_REACH = 2  # cells around one that are averaged, which blotches hardly survive
 VEIL_GRAINS = 3  # a deeper mean is a veil …
 VEIL_DEPTH = 5  # … if it is that many times deeper somewhere; 4: blotches are veils; 6: alike
@@ -1465,7 +1465,7 @@ def mixture_of(planes: Planes, key: Colour) -> Mixture:
 # along the background, as glow (light of some colour) or shade (grey): one verdict an object. Glass
 # with a crisp rim is told by its shading.
 
-CERTAIN_Q = 0.97  # above, what is away from the edges is certainly subject; 0.94: -0.4 dB
+CERTAIN_Q = 0.98  # above, what is away from the edges is certainly subject; 0.97, 1: -0.1, -0.2 dB
 EVEN_Q = 0.25  # q varies more than that only where edges cross a cell; 0.4: -0.7 dB
 SAME_COLOUR = 20  # levels between neighbouring cells of a plateau; 14: alike; 28: -0.1 dB
 FAR = 71  # levels from the key; nearer, only what is flat is a plateau; 68: blots; 80: holes
@@ -1715,7 +1715,7 @@ DULL_SATURATION, SATURATION_RAMP = 0.25, 0.4  # of dust; from 0.35, 0.5: -0.1, -
 DULL_LEVEL, DULL_RAMP = 180, 50  # levels of its brightest channel; from 150: +0.1 dB, pink dust
 LILAC = 5  # levels of magenta; 12: alike
 LIGHT_LEVEL = 0.95  # of the way to full in the brightest channel; 0.9: -0.1 dB; 1: alike
-SEARCH_RADII = (6, 4, 2)  # pixels, the nearest last; (4, 2), (8, 6, 4, 2), (6, 3): alike
+SEARCH_RADII = (6, 4, 3, 2)  # pixels, the nearest last; without 3: alike; (5, 3, 2): rims of orbs
 PLAIN_LEEWAY = 2  # levels between channels that rounding makes; 0, 4: alike
 HUE_DOUBT = 40  # levels, where F has all of the key's hue; 25, 60: alike; 0: +0.1 dB
 GREY_KEY_DOUBT = 255  # levels, where the key has no hue; 160, 400: alike
