@@ -1715,7 +1715,7 @@ DULL_SATURATION, SATURATION_RAMP = 0.25, 0.4  # of dust; from 0.35, 0.5: -0.1, -
 DULL_LEVEL, DULL_RAMP = 180, 50  # levels of its brightest channel; from 150: +0.1 dB, pink dust
 LILAC = 5  # levels of magenta; 12: alike
 LIGHT_LEVEL = 0.95  # of the way to full in the brightest channel; 0.9: -0.1 dB; 1: alike
-SEARCH_RADII = (6, 4, 3, 2)  # pixels, the nearest last; without 3: alike; (5, 3, 2): rims of orbs
+SEARCH_RADII = (6, 4, 3, 2)  # pixels, the nearest last; without 3: alike; 5, 3, 2: -6 dB in orbs
 PLAIN_LEEWAY = 2  # levels between channels that rounding makes; 0, 4: alike
 HUE_DOUBT = 40  # levels, where F has all of the key's hue; 25, 60: alike; 0: +0.1 dB
 GREY_KEY_DOUBT = 255  # levels, where the key has no hue; 160, 400: alike
@@ -1754,12 +1754,22 @@ def thin_out(alpha: F32, mixture: Mixture, places: Places) -> None:
     alpha.reshape(-1)[places] = q + (least - q) * weight
 
 
-def nearest_certain(certain: Mask, centres: Places, ahead: int) -> Places:
-    """How far it is to a certain pixel, `ahead` in the flat mask; 0 where none is in reach."""
-    reach = np.zeros(centres.size, np.intp)
-    for radius in SEARCH_RADII:
-        np.copyto(reach, radius, where=certain[centres + radius * ahead])
-    return reach
+def rays_from(places: Places, certain: Mask) -> Iterator[tuple[Places, F32, Places]]:
+    """Look in each direction for the nearest certain pixels.
+
+    Yields which of the places found one, how far away in pixels, and where.
+    """
+    width, margin = certain.shape[1], max(SEARCH_RADII)
+    padded, (rows, columns) = np.pad(certain, margin), np.divmod(places, width)
+    centres = (rows + margin) * padded.shape[1] + columns + margin
+    for down, right in DIRECTIONS:
+        reach, ahead = np.zeros(places.size, np.intp), down * padded.shape[1] + right
+        for radius in SEARCH_RADII:
+            np.copyto(reach, radius, where=padded.reshape(-1)[centres + radius * ahead])
+        found = np.flatnonzero(reach)
+        steps = reach[found]
+        distance = steps * np.float32(math.hypot(down, right))
+        yield found, distance, places[found] + steps * (down * width + right)
 
 
 def project(mixed: F32, energy: F32, foreground: F32) -> tuple[F32, F32]:
@@ -1772,20 +1782,15 @@ def project(mixed: F32, energy: F32, foreground: F32) -> tuple[F32, F32]:
 
 def best_foregrounds(mixture: Mixture, certain: Mask, places: Places) -> tuple[F32, F32, Places]:
     """Alpha by the certain colour of least cost around each pixel, that cost, and its place."""
-    width, margin, key = certain.shape[1], max(SEARCH_RADII), mixture.backdrop.key[:, None]
-    padded, (rows, columns) = np.pad(certain, margin), np.divmod(places, width)
-    centres = (rows + margin) * padded.shape[1] + columns + margin
+    key = mixture.backdrop.key[:, None]
     mixed = mixture.colours_at(places) - key
     energy = np.einsum("ci,ci->i", mixed, mixed)
     best_alpha, best_cost = np.zeros_like(energy), np.full_like(energy, np.inf)
     best_source = places.copy()
-    for down, right in DIRECTIONS:
-        reach = nearest_certain(padded.reshape(-1), centres, down * padded.shape[1] + right)
-        found = np.flatnonzero(reach)
-        source = places[found] + reach[found] * (down * width + right)
+    for found, distance, source in rays_from(places, certain):
         foreground = mixture.colours_at(source) - key
         alpha, misfit = project(mixed.take(found, axis=1), energy[found], foreground)
-        cost = np.sqrt(np.maximum(misfit, 0)) + reach[found] * np.float32(math.hypot(down, right))
+        cost = np.sqrt(np.maximum(misfit, 0)) + distance
         better = cost < best_cost[found]
         chosen = found[better]
         best_alpha[chosen], best_cost[chosen] = alpha[better], cost[better]
@@ -1816,6 +1821,8 @@ def fit_edges(alpha: F32, mixture: Mixture, certain: Mask, places: Places) -> No
 OPEN_ALPHAS = (0.5, 0.98)  # below, a pixel is a way: through thin lines the first leads less often
 ENCLOSED_RIM = 2  # pixels between an enclosed area and what is certainly around it
 SETTLE_FROM, SETTLE_RAMP = 0.88, 0.075  # without: +0.4 dB in JPEGs, but 2 % more holes
+LIGHT_RIM_WIDTH = 2  # pixels from the background; 1 leaves its opaque pixels
+LIGHT_RIM = 10  # levels by which most of it is brighter; painted rims have 16, composites up to 6
 SHARES_HUE = 0.9  # q; below, an opaque pixel is reported to share the key's hue
 
 
@@ -1867,6 +1874,26 @@ def straight(planes: Planes, mixture: Mixture, alpha: F32) -> tuple[Planes, U8]:
     return straight_planes, matte
 
 
+def cap_rim(planes: Planes, matte: U8) -> None:
+    """Where a model painted a light rim, let it be no brighter than what lies behind it, in place.
+
+    Seen against its key such a rim is no fault; on any dark ground it is a bright broken line.
+    """
+    empty = matte == 0
+    places = np.flatnonzero(~empty & dilate(empty, LIGHT_RIM_WIDTH))
+    brightest = np.zeros((3, places.size), np.uint8)
+    for found, _, source in rays_from(places, (matte == 255) & ~dilate(empty, EDGE_WIDTH)):
+        for levels, plane in zip(brightest, planes, strict=True):
+            levels[found] = np.maximum(levels[found], plane.reshape(-1)[source])
+    brightest[:, brightest.max(axis=0) == 0] = 255  # nothing solid is behind it
+    rim = np.stack([plane.reshape(-1)[places] for plane in planes])
+    lighter = rim.mean(axis=0) - brightest.mean(axis=0)
+    is_mixed = matte.reshape(-1)[places] < 255
+    if is_mixed.any() and np.median(lighter[is_mixed]) > LIGHT_RIM:
+        for plane, levels in zip(planes, np.minimum(rim, brightest), strict=True):
+            plane.reshape(-1)[places] = levels
+
+
 def cut_by_unmixing(picture: Picture, key: Colour, method: UnmixMethod) -> Cutout:
     """Recover alpha and straight colour of a picture of mixtures."""
     mixture = mixture_of(picture.planes, key)
@@ -1877,6 +1904,8 @@ def cut_by_unmixing(picture: Picture, key: Colour, method: UnmixMethod) -> Cutou
     if kept[method.enclosed]:
         fill_enclosed(alpha)
     planes, matte = straight(picture.planes, mixture, alpha)
+    if mixture.backdrop.is_painted:
+        cap_rim(planes, matte)
     if picture.alpha is not None:
         matte = np.rint(matte * (picture.alpha / 255.0)).astype(np.uint8)
         planes = blank_where(planes, matte == 0)

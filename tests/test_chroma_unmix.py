@@ -331,6 +331,26 @@ def test_a_shadow_and_a_glow_of_some_colour_are_no_opaque_blots(tmp_path: Path) 
     assert cut[100:, :, 3].max() < 0.45 * 255
 
 
+@pytest.mark.parametrize(
+    ("width", "is_capped"),
+    [pytest.param(1.3, True, id="a line"), pytest.param(9.0, False, id="a border of a sticker")],
+)
+def test_a_light_line_that_was_painted_around_the_subject_is_no_brighter_than_it(
+    width: float, *, is_capped: bool, tmp_path: Path
+) -> None:
+    rows, columns = grid(160)
+    away = np.hypot(rows - 80, columns - 80)
+    light = supersampled(160, away > 60 - width)[..., None]
+    truth = Subject(
+        colour=(1 - light) * (60, 80, 120) + light * (235, 230, 225),
+        alpha=supersampled(160, away < 60),
+    )
+    pixels = np.clip(np.rint(truth.on(painted_ground(160))), 0, 255).astype(np.uint8)
+    cut = cut_out(tmp_path, pixels, *UNMIX)
+    rim = (cut[..., 3] > 128) & (truth.alpha < 1)
+    assert bool(cut[..., 0][rim].mean() < 90) is is_capped
+
+
 def test_a_yellow_subject_does_not_share_the_hue_of_an_uneven_magenta(tmp_path: Path) -> None:
     truth = disc((250, 205, 20))
     source = save(tmp_path / "in.png", truth.composite((203, 6, 162), noise=0.7))
