@@ -2024,7 +2024,9 @@ def see_through_share(picture: Picture, cutout: Cutout) -> float:
     wide = np.pad(ground, 1, constant_values=True)  # and outside of the picture all is ground
     inner = ~dilate(wide, INTERIOR_REACH + 1)[1:-1, 1:-1]
     thin = inner & (cutout.alpha < SOLID_ALPHA)
-    return float(thin.sum() / max(1, np.count_nonzero(cutout.alpha)))
+    if picture.alpha is not None:
+        thin &= picture.alpha > 0  # what was transparent already is no subject
+    return float(thin.sum() / max(1, np.count_nonzero(thin | (cutout.alpha > 0))))
 
 
 def is_crisp(hued: Mask, alpha: U8) -> bool:

@@ -191,6 +191,17 @@ def test_one_crisp_area_in_the_hue_of_the_key_is_no_fault(tmp_path: Path) -> Non
     assert outcome.json_lines[0]["key_hued"] > 0.8
 
 
+def test_a_subject_that_is_transparent_in_the_input_is_not_called_see_through(
+    tmp_path: Path,
+) -> None:
+    pixels = np.dstack([grey_disc(), np.full((96, 96), 255, np.uint8)])
+    pixels[30:66, 30:66, 3] = 0
+    outcome = run(
+        "--input", save(tmp_path / "in.png", pixels), "--out", tmp_path / "o.png", *UNMIX, "--json"
+    )
+    assert outcome.json_lines[0]["see_through"] == 0
+
+
 def pane() -> U8:
     """A pane of glass, half see-through."""
     pixels = np.full((96, 96, 3), GREEN, np.uint8)
