@@ -1679,6 +1679,7 @@ EVEN_HUNDREDTHS = 5  # of q, in the flat middle of a thin stroke; 3: 0.1 % more 
 STROKE_DISTANCE = 2  # pixels from the background to such a middle; 1, 3: -0.3, +0.1 dB
 STROKE_DOUBT = 3  # deviations of the backdrop, divided by q, by which that colour may be wrong
 STROKE_REACH = 12  # … and at most; a soft shadow is wider; 6: 0.3 % more holes where hues are alike
+SEAM_DEPTH = 20  # hundredths of q below the most in 5x5; deeper is a gap that closes; none: -0.1 dB
 STROKE_COLOUR = 14  # levels between channels that are no grey; 8: -0.1 dB; 24: alike
 
 
@@ -1688,8 +1689,10 @@ def certain_pixels(mixture: Mixture, areas: HuedAreas) -> tuple[Mask, Mask]:
     hundredths = np.clip(q * np.float32(100), 0, 200).astype(np.uint8)
     hued = inner & (q < 1) & (hundredths >= enlarge(areas.opaque_from, q.shape, CELL))
     highest, lowest = around(hundredths, np.maximum), around(hundredths, np.minimum)
+    summit, near = around(highest, np.maximum), dilate(mixture.faint, STROKE_REACH)
+    hued &= ~near | (hundredths + np.uint8(SEAM_DEPTH) >= np.minimum(summit, 100))
     even = (highest - lowest <= EVEN_HUNDREDTHS) & (q < CERTAIN_Q)
-    even &= ~dilate(mixture.faint, STROKE_DISTANCE) & dilate(mixture.faint, STROKE_REACH)
+    even &= ~dilate(mixture.faint, STROKE_DISTANCE) & near
     strokes = np.flatnonzero(even & enlarge(areas.may_be_opaque, q.shape, CELL))
     colours, key = mixture.colours_at(strokes), mixture.backdrop.key
     unmixed = unmixed_colour(colours, q.reshape(-1)[strokes], key)  # grey where q is alpha
@@ -1697,8 +1700,7 @@ def certain_pixels(mixture: Mixture, areas: HuedAreas) -> tuple[Mask, Mask]:
     is_coloured = np.ptp(unmixed, axis=0) > STROKE_COLOUR + STROKE_DOUBT * doubt
     is_far = np.abs(colours - key[:, None]).max(axis=0) > FAR
     hued.reshape(-1)[strokes[is_coloured & is_far]] = True
-    highest = around(highest, np.maximum)
-    ridge = hundredths >= highest - np.minimum(highest, 1)  # the most in 5x5, or a hundredth less
+    ridge = hundredths >= summit - np.minimum(summit, 1)  # the most in 5x5, or a hundredth less
     hued |= enlarge(areas.body, q.shape, CELL) & (q >= BODY_Q) & (q < 1)
     return (inner & (q >= CERTAIN_Q)) | (ridge & (q >= 1)) | hued, hued
 
@@ -1821,7 +1823,6 @@ def fit_edges(alpha: F32, mixture: Mixture, certain: Mask, places: Places) -> No
 OPEN_ALPHAS = (0.5, 0.98)  # below, a pixel is a way: through thin lines the first leads less often
 ENCLOSED_RIM = 2  # pixels between an enclosed area and what is certainly around it
 SETTLE_FROM, SETTLE_RAMP = 0.88, 0.075  # without: +0.4 dB in JPEGs, but 2 % more holes
-LIGHT_RIM_WIDTH = 2  # pixels from the background; 1 leaves its opaque pixels
 LIGHT_RIM = 10  # levels by which most of it is brighter; painted rims have 16, composites up to 6
 SHARES_HUE = 0.9  # q; below, an opaque pixel is reported to share the key's hue
 
@@ -1880,9 +1881,10 @@ def cap_rim(planes: Planes, matte: U8) -> None:
     Seen against its key such a rim is no fault; on any dark ground it is a bright broken line.
     """
     empty = matte == 0
-    places = np.flatnonzero(~empty & dilate(empty, LIGHT_RIM_WIDTH))
+    near = dilate(empty, EDGE_WIDTH)
+    places = np.flatnonzero(~empty & near)
     brightest = np.zeros((3, places.size), np.uint8)
-    for found, _, source in rays_from(places, (matte == 255) & ~dilate(empty, EDGE_WIDTH)):
+    for found, _, source in rays_from(places, (matte == 255) & ~near):
         for levels, plane in zip(brightest, planes, strict=True):
             levels[found] = np.maximum(levels[found], plane.reshape(-1)[source])
     brightest[:, brightest.max(axis=0) == 0] = 255  # nothing solid is behind it
