@@ -1472,6 +1472,7 @@ FAR = 71  # levels from the key; nearer, only what is flat is a plateau; 68: blo
 BODY_MEAN, BODY_Q = 0.95, 0.85  # of q around a cell, and of a pixel of it, that is opaque
 LIKE_CELLS = 6  # of 3x3, itself included, make the core of a plateau; 5: -0.1 dB; 7: alike
 CORE_WEIGHT = 28  # of 81, the core cells in 5x5, the nearer the heavier; 20: -0.3 dB; 36: alike
+AREA_SHARE = 0.6  # of an area of like colour are a plateau, or none of it is; 0.5, 0.67: alike
 PLATEAU_SHARE = 0.6  # of a plateau's q is the least that pixels beside it have; 0.45, 0.75: alike
 RING_REACH = 3  # cells from the background to the end of the ring; 2: alike; 4: 0.2 % more holes
 FLAT_STEP = 1.5  # levels between cells of one flat colour; 1: 0.4 % more holes; 2.25: -0.5 dB
@@ -1648,17 +1649,25 @@ def body_of(cells: Cells) -> Mask:
     return cells.solid & ~cells.ring & (opacity >= BODY_MEAN)
 
 
+def mostly_outside(areas: Mask, chosen: Mask) -> Mask:
+    """Find the connected areas that are chosen in the lesser part, so that none is torn in two."""
+    parts = parts_of(areas)
+    return parts.mask(parts.sums(chosen) < AREA_SHARE * parts.sizes())
+
+
 def judge_areas(cells: Cells, backdrop: Backdrop, subject: str) -> HuedAreas:
     """Find where the subject is opaque in spite of its hue, and where it is see-through."""
     nowhere, everywhere = np.zeros_like(cells.solid), np.ones_like(cells.solid)
     if subject == "translucent":
         return HuedAreas(opaque_bar(cells.q, nowhere), nowhere, nowhere, everywhere)
     hued = cells.solid & (cells.q < CERTAIN_Q) & (cells.q_range < EVEN_Q)
-    is_flat = steepest_step(cells.colour, cells.solid) < FLAT_STEP + GRAIN_STEP * backdrop.grain
-    hued &= is_flat | (np.abs(cells.colour - backdrop.key[:, None, None]).max(axis=0) > FAR)
-    plateau = hued & part_of_plateau(cells.colour, hued) if hued.any() else nowhere
+    slope = steepest_step(cells.colour, cells.solid)
+    is_flat = slope < FLAT_STEP + GRAIN_STEP * backdrop.grain
+    is_far = np.abs(cells.colour - backdrop.key[:, None, None]).max(axis=0) > FAR
+    even = hued & (is_flat | is_far)
+    plateau = even & part_of_plateau(cells.colour, even) if even.any() else nowhere
     body = body_of(cells)
-    if subject == "opaque" or not hued.any():
+    if subject == "opaque" or not even.any():
         return HuedAreas(opaque_bar(cells.q, plateau), everywhere, body, nowhere)
     unmixed = unmixed_colour(cells.colour, cells.q, backdrop.key)
     glow, shade = fading_cells(cells, unmixed, backdrop.grain)
@@ -1670,7 +1679,8 @@ def judge_areas(cells: Cells, backdrop: Backdrop, subject: str) -> HuedAreas:
     kept = ~is_clear & ~(fades & similar(unmixed, fades & (glow | shade)))
     is_pane = (cells.q < PANE_Q) & (level > PANE_LEVEL) & (colour_left < PANE_COLOUR)
     opaque = kept & ~is_pane
-    return HuedAreas(opaque_bar(cells.q, plateau & opaque), opaque, body & kept, is_clear)
+    chosen = plateau & opaque & ~mostly_outside(hued & (slope < SAME_COLOUR), plateau & opaque)
+    return HuedAreas(opaque_bar(cells.q, chosen), opaque, body & kept, is_clear)
 
 
 # ── 10e · Certain pixels ──────────────────────────────────────────────────────────────────────────
@@ -1823,7 +1833,7 @@ def fit_edges(alpha: F32, mixture: Mixture, certain: Mask, places: Places) -> No
 OPEN_ALPHAS = (0.5, 0.98)  # below, a pixel is a way: through thin lines the first leads less often
 ENCLOSED_RIM = 2  # pixels between an enclosed area and what is certainly around it
 SETTLE_FROM, SETTLE_RAMP = 0.88, 0.075  # without: +0.4 dB in JPEGs, but 2 % more holes
-LIGHT_RIM = 10  # levels by which most of it is brighter; painted rims have 16, composites up to 6
+LIGHT_RIM = 8  # levels by which most of it is brighter; painted rims have 12, composites up to 4
 SHARES_HUE = 0.9  # q; below, an opaque pixel is reported to share the key's hue
 
 

@@ -33,6 +33,7 @@ from remove_chroma_key import (
     has_subsampled_chroma,
     hue_pairs,
     key_free_share,
+    mostly_outside,
     parts_of,
     project,
     sharpen_chroma,
@@ -467,6 +468,13 @@ def test_lenses_that_grow_denser_are_glass_in_spite_of_their_crisp_rim(
     cut = cut_out(tmp_path, truth.composite(key, noise=0.7), *UNMIX)
     inner = np.s_[40:120, 40:120]
     assert np.abs(cut[..., 3][inner] / 255 - alpha[inner]).mean() < 0.12
+
+
+def test_an_area_that_is_opaque_in_its_lesser_part_is_not_torn() -> None:
+    areas = np.array([[1, 1, 1, 0, 1], [1, 1, 0, 0, 1], [0, 0, 0, 0, 1]], np.bool_)
+    chosen = np.array([[1, 1, 0, 0, 1], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]], np.bool_)
+    lesser = mostly_outside(areas, chosen)
+    assert lesser.astype(int).tolist() == [[1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize(
