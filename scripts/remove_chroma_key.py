@@ -1472,9 +1472,7 @@ FAR = 71  # levels from the key; nearer, only what is flat is a plateau; 68: blo
 BODY_MEAN, BODY_Q = 0.95, 0.85  # of q around a cell, and of a pixel of it, that is opaque
 LIKE_CELLS = 6  # of 3x3, itself included, make the core of a plateau; 5: -0.1 dB; 7: alike
 CORE_WEIGHT = 28  # of 81, the core cells in 5x5, the nearer the heavier; 20: -0.3 dB; 36: alike
-AREA_SHARE = (
-    0.75  # of an area of like colour are a plateau, or none of it is; 0.6: -0.1 dB in glass
-)
+AREA_SHARE = 0.75  # of an area of like colour are a plateau, or none; 0.6: -0.2 dB in drawn glass
 PLATEAU_SHARE = 0.6  # of a plateau's q is the least that pixels beside it have; 0.45, 0.75: alike
 RING_REACH = 3  # cells from the background to the end of the ring; 2: alike; 4: 0.2 % more holes
 FLAT_STEP = 1.5  # levels between cells of one flat colour; 1: 0.4 % more holes; 2.25: -0.5 dB
@@ -1663,8 +1661,8 @@ def judge_areas(cells: Cells, backdrop: Backdrop, subject: str) -> HuedAreas:
     if subject == "translucent":
         return HuedAreas(opaque_bar(cells.q, nowhere), nowhere, nowhere, everywhere)
     hued = cells.solid & (cells.q < CERTAIN_Q) & (cells.q_range < EVEN_Q)
-    slope = steepest_step(cells.colour, cells.solid)
-    is_flat = slope < FLAT_STEP + GRAIN_STEP * backdrop.grain
+    step = steepest_step(cells.colour, cells.solid)
+    is_flat = step < FLAT_STEP + GRAIN_STEP * backdrop.grain
     is_far = np.abs(cells.colour - backdrop.key[:, None, None]).max(axis=0) > FAR
     even = hued & (is_flat | is_far)
     plateau = even & part_of_plateau(cells.colour, even) if even.any() else nowhere
@@ -1681,7 +1679,7 @@ def judge_areas(cells: Cells, backdrop: Backdrop, subject: str) -> HuedAreas:
     kept = ~is_clear & ~(fades & similar(unmixed, fades & (glow | shade)))
     is_pane = (cells.q < PANE_Q) & (level > PANE_LEVEL) & (colour_left < PANE_COLOUR)
     opaque = kept & ~is_pane
-    chosen = plateau & opaque & ~mostly_outside(hued & (slope < SAME_COLOUR), plateau & opaque)
+    chosen = plateau & opaque & ~mostly_outside(hued & (step < SAME_COLOUR), plateau & opaque)
     return HuedAreas(opaque_bar(cells.q, chosen), opaque, body & kept, is_clear)
 
 
@@ -1888,18 +1886,19 @@ def straight(planes: Planes, mixture: Mixture, alpha: F32) -> tuple[Planes, U8]:
 
 
 def cap_rim(planes: Planes, matte: U8) -> None:
-    """Where a model painted a light rim, let it be no brighter than what lies behind it, in place.
+    """Let a light rim that a model painted be no brighter than what lies behind it, in place.
 
-    Seen against its key such a rim is no fault; on any dark ground it is a bright broken line.
+    Against its key such a rim is no fault; on a dark ground it is a bright broken line.
     """
     empty = matte == 0
     near = dilate(empty, EDGE_WIDTH)
     places = np.flatnonzero(~empty & near)
-    brightest = np.zeros((3, places.size), np.uint8)
+    brightest, is_open = np.zeros((3, places.size), np.uint8), np.ones(places.size, np.bool_)
     for found, _, source in rays_from(places, (matte == 255) & ~near):
+        is_open[found] = False
         for levels, plane in zip(brightest, planes, strict=True):
             levels[found] = np.maximum(levels[found], plane.reshape(-1)[source])
-    brightest[:, brightest.max(axis=0) == 0] = 255  # nothing solid is behind it
+    brightest[:, is_open] = 255  # nothing solid is behind them
     rim = np.stack([plane.reshape(-1)[places] for plane in planes])
     lighter = rim.mean(axis=0) - brightest.mean(axis=0)
     is_mixed = matte.reshape(-1)[places] < 255
