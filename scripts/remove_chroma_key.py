@@ -136,7 +136,7 @@ OUTPUT_FORMATS = {".png": "PNG", ".webp": "WEBP"}
 PREVIEW_FORMATS = {**OUTPUT_FORMATS, ".jpg": "JPEG", ".jpeg": "JPEG"}
 DRAWING_FORMATS = {"EPS", "WMF", "EMF"}  # Pillow would start Ghostscript for the first
 EXIF_ORIENTATION = 0x0112
-INSTALL = "python -m pip install"
+INSTALL = f"{sys.executable or 'python3'} -m pip install"
 PACKAGES = {"numpy": ("numpy", "1.26"), "PIL.Image": ("pillow", "11.0")}  # as in the block above
 
 # ── 2 · Words and failures ────────────────────────────────────────────────────────────────────────
@@ -684,7 +684,8 @@ def check_packages() -> Iterator[str]:
             importlib.import_module(module)
             version: str = sys.modules[module.partition(".")[0]].__version__
         except ModuleNotFoundError as missing:
-            yield f"{missing.name} is not installed; run: {INSTALL} pillow numpy"
+            missed = package if missing.name == module.partition(".")[0] else missing.name
+            yield f"{missed} is not installed; run: {INSTALL} pillow numpy"
         except ImportError as damage:
             remedy = f"run: {INSTALL} --force-reinstall {package}"
             yield f"{package} cannot be loaded ({damage}); {remedy}"
@@ -2227,7 +2228,7 @@ def about_subject(check: SelfCheck, cutout: Cutout) -> Iterator[Complaint]:
         yield Complaint("look", f"{what}; if it is background, use --unmix, or {again}")
     if check.see_through > SEE_THROUGH_SHARE:
         what = f"{check.see_through:.0%} of the subject is see-through away from its edges"
-        no_glass = "if it is no glass, glow or shadow, use --unmix with --subject opaque"
+        no_glass = "if it is no glass, smoke, glow or shadow, use --unmix with --subject opaque"
         yield Complaint("look", f"{what}; {no_glass}")
     if check.key_hued > KEY_HUED_SHARE and not is_crisp(cutout.key_hued, cutout.alpha):
         what = f"{check.key_hued:.0%} of the subject shares the hue of {key}; {again}"

@@ -725,7 +725,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
     outcome = run("--input", picture, "--out", tmp_path / "o.png")
     assert outcome.exit_code == 2
     assert outcome.errors == [
-        "Error: numpy is not installed; run: python -m pip install pillow numpy"
+        f"Error: numpy is not installed; run: {sys.executable} -m pip install pillow numpy"
     ]
 
 
