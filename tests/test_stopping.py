@@ -84,7 +84,9 @@ def listening(*replies: bytes) -> Iterator[tuple[int, list[bytes]]]:
 
 
 def http(first: str, body: bytes = b"") -> bytes:
-    return f"HTTP/1.1 {first}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
+    """An answer behind which the server closes the connection, and says so."""
+    head = f"HTTP/1.1 {first}\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n"
+    return head.encode() + body
 
 
 def environment(url: str, proxy: str = "") -> dict[str, str]:
