@@ -4402,16 +4402,14 @@ def encoded_in(item: object) -> str | bytes | None:
     )
 
 
-def salvaged(body: bytes, *, addresses: bool) -> list[str]:
+def salvaged(body: bytes) -> list[str]:
     """Return the images of a body that is broken or of an unknown shape, where they are whole.
 
     That is the strings under the keys that are usual, however deep, and may be images; else data
     URLs, as in a text. A page of HTML has pictures, too, which nobody has asked for.
     """
     texts = [text for text in map(load_json, KEYED_STRING.findall(body)) if isinstance(text, str)]
-    images = [text for text in texts if IMAGE_BEGINS.match(text)]
-    if addresses and not images:
-        images = list(filter(is_address, texts))
+    images = [*filter(IMAGE_BEGINS.match, texts)] or [*filter(is_address, texts)]
     if not images and not body.lstrip().startswith(b"<"):
         images = [url.decode() for url in DATA_URL.findall(body)]
     return images
@@ -4453,10 +4451,14 @@ def answer_of(
     raw: Callable[[], bytes],
     broken: Verdict | None = None,
 ) -> Answer:
-    """Find what stands for the images in a value of JSON, or else anywhere in the body."""
+    """Find what stands for the images in a value of JSON, or else anywhere in the body.
+
+    But for errors and tasks, which may show the input, or the address of a page.
+    """
     fields = parsed if isinstance(parsed, dict) else {"data": parsed}
-    error = error_in(fields)
-    items = items_of(fields) or salvaged(body(), addresses=not (error or is_task(fields)))
+    error, items = error_in(fields), items_of(fields)
+    if not (items or error or is_task(fields)):
+        items = salvaged(body())
     if error and not items:
         verdict = judge(ErrorAnswer(200, {"error": error}, {}, ""))
     elif broken:  # what has come of it is not asked for again
@@ -6734,8 +6736,9 @@ def read_result(file: Spool) -> Result:
         return Result(custom_id, Delivery(failure=failure), is_done=not code.startswith("batch_"))
     body, status = response.get("body"), response.get("status_code")
     sent = Delivery(attempts=1, request_id=str(response.get("request_id") or "") or None)
-    said = body if status == 200 or mapping(body) else {}
-    answer = answer_of(said, file.read, file.read)  # whose images count, whatever the status is
+    is_ok = status in (None, 200)
+    # An image where one is expected counts, whatever the status is.
+    answer = answer_of(body if is_ok else mapping(body), file.read if is_ok else bytes, file.read)
     if not answer.items and status != 200:
         number = status if isinstance(status, int) else 200
         failure = judge(ErrorAnswer(number, body if mapping(body) else error, {}, "")).failure
