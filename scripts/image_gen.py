@@ -1743,10 +1743,18 @@ JOBS_OF = (
     "isinstance(v, list)), [])"
 )
 TO_OTHER = "< {} > {}"
-TO_JSONL = f'[print(json.dumps(e)) for e in ({JOBS_OF})]" {TO_OTHER}'
+TO_JSONL = f'[print(json.dumps(e, ensure_ascii=False)) for e in ({JOBS_OF})]" {TO_OTHER}'
+LIST_ITEM = r"(?m)^\s*(?:[-*+•]|\d+[.):、．])\s*(?:\[[ xX]\] )?(.*(?:\n[ \t]+[^-*+•\d\s].*)*)"
+LIST_WAY = (
+    f"python -c \"import re; [print(*e.split()) for e in re.findall(r'{LIST_ITEM}', "
+    f"open(0, encoding='utf-8-sig').read())]\" {TO_OTHER}"
+)
 CSV_ROW = "{{k.strip().lower(): v for k, v in r.items() if k and v}}"
 CSV_ROWS = "csv.DictReader(open(0, encoding='utf-8-sig'), delimiter='{separator}')"
-CSV_WAY = f'python -c "import csv, json; [print(json.dumps({CSV_ROW})) for r in {CSV_ROWS}]"'
+CSV_WAY = (
+    f'python -c "import csv, json; [print(json.dumps({CSV_ROW}, ensure_ascii=False)) for r in '
+    f'{CSV_ROWS}]" {TO_OTHER}'
+)
 FOREIGN_FILES: Mapping[str, tuple[Callable[[Shape], bool], str]] = {
     "UTF-16 or UTF-32": (
         lambda shape: bool(shape.encoding),
@@ -1785,13 +1793,13 @@ FOREIGN_FILES: Mapping[str, tuple[Callable[[Shape], bool], str]] = {
     ),
     "YAML": (
         lambda shape: shape.has_keys(YAML_KEY, "---|(prompts|jobs):"),
-        f'with PyYAML: python -c "import json, yaml; d = yaml.safe_load(open(0)); {TO_JSONL}',
+        f'python -c "import json, yaml; d = yaml.safe_load(open(0)); {TO_JSONL}  # has PyYAML',
     ),
     "a Markdown list": (
         lambda shape: shape.is_list,
-        "sed -nE 's/^[[:space:]]*([-*+•]|[0-9]+[.):、．])[[:space:]]*(\\[[ xX]\\] )?//p' {} > {}",
+        LIST_WAY,
     ),
-    "CSV": (lambda shape: shape.is_csv, f"{CSV_WAY} {TO_OTHER}"),
+    "CSV": (lambda shape: shape.is_csv, CSV_WAY),
 }
 
 
@@ -2779,9 +2787,7 @@ def check_size(request: ImageRequest, family: ModelFamily) -> Iterator[str]:
         return
     width, height = edges
     if width % EDGE_STEP or height % EDGE_STEP:
-        near = "x".join(
-            str(max(1, round(edge / EDGE_STEP)) * EDGE_STEP) for edge in (width, height)
-        )
+        near = nearest_size(Picture("", width, height, alpha=False, whole=True), ())
         yield f"size {size}: both edges have to be multiples of {EDGE_STEP}, e.g. {near}"
     if max(width, height) > MAX_EDGE:
         yield f"size {size}: the longer edge can be at most {MAX_EDGE}"
@@ -2931,10 +2937,10 @@ def check_request(job: Job, options: RunOptions) -> Iterator[str]:
     yield from check_format(request, options)
     yield from check_model(request)
     promised, wanted = name_format(job.name), request.output_format
-    if (suffix := os.path.splitext(job.name or "")[1].lower()) in UNMADE_SUFFIXES:
-        yield Notice(f"no {suffix} is made; the name will be {job.name}.{wanted}")
+    stem, suffix = os.path.splitext(job.name or "")
+    if suffix.lower() in UNMADE_SUFFIXES:
+        yield f"the name {job.name}: no {suffix} is made; call it {stem}.{wanted}, and convert that"
     if promised not in (None, wanted) and wanted in FORMATS:
-        stem = os.path.splitext(job.name or "")[0]
         yield (
             f"the name {job.name} says {promised}, output_format says {wanted}: "
             f"call it {stem}.{wanted}, or ask for output_format {promised}"
@@ -5428,6 +5434,7 @@ class Report:
         self.counts: dict[tuple[Status, str], int] = {}  # by status, and the cause of it
         self.left: dict[str, list[Job]] = {}  # by what has to happen first
         self.unsent: dict[str, int] = {}  # by the reason, in words
+        self.failed: list[tuple[int, str]] = []  # lines, and why; not told yet
         self.images = self.tokens = self.in_flight = 0
         self.cost = 0.0  # dollars
         self.uncosted = 0  # jobs that may have cost more than is known
@@ -5470,8 +5477,16 @@ class Report:
         if status == "not_sent" and failure:
             self.unsent[failure.message] = self.unsent.get(failure.message, 0) + 1
         elif failure and status != "submitted":
-            self.error(f"{job.where}{failure.message}")
+            self.failed.append((job.line, failure.message))
+            if not self.options.batch_api:  # whose batches refuse thousands in the same words
+                self.tell_failed()
         self.status()
+
+    def tell_failed(self) -> None:
+        """Print why jobs have failed that were not told yet."""
+        for said in folded(self.failed):
+            self.error(said)
+        self.failed.clear()
 
     def tell_end(self, outcome: Outcome) -> None:
         """Print what a job has brought: on stdout, and on a terminal as progress."""
@@ -5494,6 +5509,7 @@ class Report:
 
     def close(self, resume: str = "", halted: Failure | None = None) -> None:
         """Print what remains to be said at the end of the run."""
+        self.tell_failed()
         for reason, number in self.unsent.items():
             self.error(f"{counted(number, 'job')} not sent: {reason}")
         if halted and (waiting := self.count_of("submitted")):
@@ -7812,6 +7828,9 @@ def run_command(arguments: Arguments) -> int:
             report.warn(warning)
         if plan.memory is not None and plan.existing == "keep":
             report.note(sum_up(plan))
+        elif plan.jobs and not plan.to_send and not options.dry_run:
+            names = listing(output.path for output in plan.jobs[0].outputs)
+            report.note(f"{names}: there by name; what it was made from is not compared")
         if options.dry_run:
             print_dry_run(plan, report)
             return report.exit_code

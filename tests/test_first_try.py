@@ -127,7 +127,7 @@ def test_a_file_of_another_kind_is_refused_in_one_line_with_the_way_to_jsonl(
 ) -> None:
     said = refusal(run, content)
     assert said.startswith(f"--input jobs.txt looks like {kind}; a job a line is wanted, ")
-    assert len(said) < 420
+    assert len(said) < 480
 
 
 WAYS = [
@@ -161,7 +161,15 @@ def test_the_way_to_jsonl_is_one_and_leaves_the_file_alone(
     assert Path(name).read_bytes() == content.encode()
     (made,) = [each for each in os.listdir() if each != name]
     prompts = shown(run, Path(made).read_bytes(), made)
-    kites = {RED, BLUE, "一只狐狸", "An owl", "A blue kite\nover dunes"}
+    kites = {
+        f"{RED} over dunes",
+        f"{BLUE} at noon",
+        RED,
+        BLUE,
+        "一只狐狸",
+        "An owl",
+        "A blue kite\nover dunes",
+    }
     assert prompts
     assert set(prompts) <= kites
 
@@ -456,9 +464,9 @@ def test_an_aspect_instead_of_a_size_is_told_a_size(run: Run, asked: str, told: 
     assert dry.warnings(dry.generate(run, "--size", told)) == []
 
 
-def test_a_suffix_that_is_not_made_is_warned_of(run: Run) -> None:
-    (warning,) = dry.warnings(dry.generate(run, "--out", "favicon.ico"))
-    assert warning == "no .ico is made; the name will be favicon.ico.png"
+def test_a_suffix_that_is_not_made_is_refused_with_one_that_is(run: Run) -> None:
+    problem = dry.problem(dry.generate(run, "--out", "Favicon.ICO"))
+    assert problem == "the name Favicon.ICO: no .ICO is made; call it Favicon.png, and convert that"
 
 
 def test_an_input_that_is_an_address_is_told_to_be_downloaded(run: Run) -> None:
