@@ -692,6 +692,7 @@ def test_every_end_gives_its_codes_and_skip_existing_submits_only_what_is_missin
     assert all(failure["retryable"] for failure in failures(result).values())
     assert all("HTTP 0" not in failure["message"] for failure in failures(result).values())
     assert live.outcomes(result).count("done") == len(made()) == done
+    assert len(live.lines(result)) == (done < 4)  # whatever is said of them, it is said once
     assert ("--skip-existing" in result.stderr) == (done < 4)
     asked = len(api.requests)
     again = run(*queued(4))
