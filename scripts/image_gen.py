@@ -443,7 +443,8 @@ def one_line(message: object) -> str:
 def is_visible(name: str) -> bool:
     """Tell whether a name can stand in a line: no control characters, nor those that turn it."""
     odd = (c for c in name if not c.isprintable())
-    return all(unicodedata.category(c) not in ("Cc", "Zl", "Zp") and c not in TURNING for c in odd)
+    bad = ("Cc", "Cs", "Zl", "Zp")
+    return all(unicodedata.category(c) not in bad and c not in TURNING for c in odd)
 
 
 def dollars(amount: float) -> str:
@@ -1630,13 +1631,12 @@ BINARY = re.compile(
     rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|RIFF.{4}WEBP|PK\x03\x04|%PDF-|\x1f\x8b", re.DOTALL
 )
 FENCE = re.compile(r"\s*(```|~~~)\w*$")
-BULLET = re.compile(r"\s*([-*+•]|\d{1,3}[.):])\s+\S|\s*[\d０-９]{1,3}[、．]")
+BULLET = re.compile(r"\s*([-*+•]|\d{1,3}[.)])\s+\S|\s*[\d０-９]{1,3}[、．]")
 TABLE_RULE = re.compile(r"\|?\s*:?-{3,}:?\s*(\|\s*:?-{3,}:?\s*)+\|?$")
 TABLE_ROW = re.compile(r"\|.*\|.*\|$")
 YAML_KEY = re.compile(r"""\s*(- +)?["']?([A-Za-z_-]+)["']?:(\s|$)""")
-TOML_KEY = re.compile(r"""()["']?([A-Za-z_-]+)["']? ?=""")
+TOML_KEY = re.compile(r"""()["']?([A-Za-z_-]+)["']? ?= ?["'\[\d]""")
 LIST_BEGINS = re.compile(r"(\w+ +)?[\w.]+( *:[^=]*)? *= *[\[({]$")
-QUOTED_ITEM = re.compile(r"""\s*(["']).*\1,$""")
 QUOTED_ROW = re.compile(r"""("([^"]|"")*"[,;\t|])+("([^"]|"")*"|[^"]*)$""")
 # Words by which the head of a table is known, whatever its language.
 TABLE_WORDS = re.compile(
@@ -1686,13 +1686,12 @@ class Shape:
     def is_json(self) -> bool:
         """Whether it is one value of JSON, over several lines."""
         first, last = self.lines[0], self.lines[-1]
-        several = len(self.lines) > 1
         begins = first == "{" or re.fullmatch(r"""\[\s*(["{\[].*[,\[{])?""", first) is not None
         parts = sum(
             line.endswith(("[", "]", "{", "}", ",")) or line.startswith(",") for line in self.lines
         )
         ends = last.endswith(("]", "}"))
-        return several and begins and ends and parts > 0.6 * len(self.lines)
+        return begins and ends and parts > 0.6 * len(self.lines)
 
     @property
     def is_csv(self) -> bool:
@@ -1700,20 +1699,19 @@ class Shape:
         first, separator = self.lines[0], self.separator
         fields = [field.strip(' "') for field in first.split(separator)]
         if first.startswith(("sep=", "#,")) or first.strip(' "').lower() in ("prompt", "prompts"):
-            return len(self.lines) > 1
+            return True
         quoted = sum(QUOTED_ROW.match(line) is not None for line in self.lines)
         alike = sum(line.count(separator) >= len(fields) - 1 for line in self.lines[1:])
         head = len(fields) > 1 and all(len(field) <= 30 for field in fields)
         head = head and f"{separator} " not in first and any(map(TABLE_WORDS.fullmatch, fields))
-        told = (head and 2 * alike >= len(self.lines) - 1) or quoted > 0.8 * len(self.lines)
-        return told and len(self.lines) > 1
+        return (head and 2 * alike >= len(self.lines) - 1) or quoted > 0.8 * len(self.lines)
 
     def has_keys(self, key: re.Pattern[str], begins: str) -> bool:
         """Tell whether it has keys of jobs, each in a line, and a beginning or little else."""
         found = list(filter(None, map(key.match, self.lines)))
         keys = {match[2].lower().replace("-", "_") for match in found}
         told = re.fullmatch(begins, self.lines[0]) is not None or any(match[1] for match in found)
-        known = bool(keys & {"prompt", "prompts", "jobs"}) and len(self.lines) > 1
+        known = bool(keys & {"prompt", "prompts", "jobs"})
         return known and (told or len(found) > 0.6 * len(self.lines))
 
     @property
@@ -1722,29 +1720,38 @@ class Shape:
         bullets = sum(BULLET.match(line) is not None for line in self.lines)
         headed = self.lines[0].startswith("#")
         rest = [line for line in self.lines if not line.startswith(("#", " ", "\t"))]
-        enough = bullets >= (1 if headed else 2) and 2 * bullets >= len(rest)
-        return enough and len(self.lines) > 1
+        return bullets >= (1 if headed else 2) and 2 * bullets >= len(rest)
 
     @property
     def is_text(self) -> bool:
         """Whether it begins as files of text do."""
         return BINARY.match(self.head) is None and 4 * self.head.count(0) <= len(self.head)
 
-    def most(self, pattern: re.Pattern[str], *, share: float = 0.6) -> bool:
-        """Tell whether it has several lines, and more than a share of them begins so."""
-        found = sum(pattern.match(line) is not None for line in self.lines)
-        return len(self.lines) > 1 and found > share * len(self.lines)
+    @property
+    def is_table(self) -> bool:
+        """Whether it is a table of Markdown: by its rule, or its head and most of its lines."""
+        head = any(map(TABLE_WORDS.fullmatch, map(str.strip, self.lines[0].strip("|").split("|"))))
+        rows = sum(TABLE_ROW.match(line) is not None for line in self.lines)
+        ruled = any(map(TABLE_RULE.match, self.lines))
+        return ruled or (head and rows > 0.6 * len(self.lines))
+
+    def is_list_of(self, quote: str) -> bool:
+        """Tell whether it is a list of a program's strings in such quotes."""
+        strings = [line for line in self.lines if line.lstrip().startswith(quote)]
+        if LIST_BEGINS.match(self.lines[0]) and self.lines[-1].lstrip().startswith(("]", ")", "}")):
+            return bool(strings)
+        return self.lines == strings and any(line.endswith(f"{quote},") for line in strings)
 
 
 # What a file may be that is no list of jobs, how it is known, and the command that makes one of it;
 # the first that fits counts.
-JOBS_OF = (
-    "d if isinstance(d, list) else [d] if 'prompt' in d else sum((v for v in d.values() if "
-    "isinstance(v, list)), [])"
+JOBS_IN = (
+    "j = d if isinstance(d, list) else [d] if 'prompt' in d else "
+    "d.get('jobs', d.get('prompts', d)); j = j if isinstance(j, list) else j.values()"
 )
 TO_OTHER = "< {} > {}"
-TO_JSONL = f'[print(json.dumps(e, ensure_ascii=False)) for e in ({JOBS_OF})]" {TO_OTHER}'
-LIST_ITEM = r"(?m)^\s*(?:[-*+•]|\d+[.):、．])\s*(?:\[[ xX]\] )?(.*(?:\n[ \t]+[^-*+•\d\s].*)*)"
+TO_JSONL = f'{JOBS_IN}; [print(json.dumps(e, ensure_ascii=False)) for e in j]" {TO_OTHER}'
+LIST_ITEM = r"(?m)^\s*(?:[-*+•]|\d+[.)、．])\s*(?:\[[ xX]\] )?(.*(?:\n[ \t]+[^-*+•\d\s].*)*)"
 LIST_WAY = (
     f"python -c \"import re; [print(*e.split()) for e in re.findall(r'{LIST_ITEM}', "
     f"open(0, encoding='utf-8-sig').read())]\" {TO_OTHER}"
@@ -1766,7 +1773,7 @@ FOREIGN_FILES: Mapping[str, tuple[Callable[[Shape], bool], str]] = {
         "tr '\\r' '\\n' < {} > {}",
     ),
     "text in another encoding": (lambda shape: not shape.is_utf8, ""),  # its lines say so
-    "a script": (lambda shape: shape.head.startswith(b"#!"), "give a file of prompts"),
+    "a script": (lambda shape: re.match(rb"#! ?/", shape.head) is not None, "give prompts instead"),
     "a code fence": (
         lambda shape: sum(FENCE.match(line) is not None for line in shape.lines) > 1,
         "sed -n '/^ *```/,/^ *```/p; /^ *~~~/,/^ *~~~/p' {} | grep -Ev '```|~~~' > {}",
@@ -1776,11 +1783,15 @@ FOREIGN_FILES: Mapping[str, tuple[Callable[[Shape], bool], str]] = {
         f"python -c \"import json; d = json.load(open(0, encoding='utf-8-sig')); {TO_JSONL}",
     ),
     "a list of a program": (
-        lambda shape: bool(LIST_BEGINS.match(shape.lines[0])) or shape.most(QUOTED_ITEM, share=0.4),
-        r"""sed -nE "s/^[[:space:]]*[\"'](.*)[\"'],?[[:space:]]*$/\1/p" {} > {}""",
+        lambda shape: shape.is_list_of('"'),
+        r"""grep -oE '"([^"\]|\\.)*"' {} > {}""",  # JSON has such strings, too
+    ),
+    "a list in single quotes": (
+        lambda shape: shape.is_list_of("'"),
+        """grep -oE "'[^']*'" {} | tr -d "'" > {}""",
     ),
     "a Markdown table": (
-        lambda shape: any(map(TABLE_RULE.match, shape.lines)) or shape.most(TABLE_ROW),
+        lambda shape: shape.is_table,
         "write its prompts into a file, one a line",
     ),
     "HTML or XML": (
@@ -1803,10 +1814,13 @@ FOREIGN_FILES: Mapping[str, tuple[Callable[[Shape], bool], str]] = {
 }
 
 
+OF_ONE_LINE = ("UTF-16 or UTF-32", "no text", "lines that end with CR", "a script", "HTML or XML")
+
+
 def refuse_foreign(shape: Shape, source: str) -> None:
     """Raise a UsageError for a file that is no list of jobs, with the way to one."""
     for what, (is_it, way) in FOREIGN_FILES.items() if shape.lines else ():
-        if is_it(shape):
+        if (len(shape.lines) > 1 or what in OF_ONE_LINE) and is_it(shape):
             if not way:
                 return
             suffix = "txt" if "list" in what else "jsonl"
@@ -3536,6 +3550,8 @@ CONNECT_SECONDS = 20.0
 READ_BYTES = 256 * 1024  # at once from a connection
 SPOOL_BYTES = READ_BYTES  # of an answer that stay in memory
 UNREACHABLE = "a sandbox or a proxy may refuse it, see references/codex-network.md"
+SNIFFED = 16  # bytes of an answer; no packed one begins with as many letters
+PLAIN = re.compile(rb"(\xef\xbb\xbf)?[\t\n\r -~]*|(\x89PNG|\xff\xd8\xff|RIFF|GIF8).*", re.DOTALL)
 BUDGET_SECONDS = 0.05  # from one look at what is left of --max-cost to the next
 LEAST_DOUBTS = 3  # requests that may have been billed for nothing before the run gets careful
 # The first requests leave one after the other, so that a small limit shows before all are out.
@@ -3950,26 +3966,23 @@ class Unpacker:
 
     def __init__(self, decoder: Any) -> None:  # noqa: ANN401 - of the HTTP library
         self.decoder = decoder
-        self.head = b""  # what has come before anything was unpacked
+        self.head = b""  # until it is long enough to tell
         self.is_packed: bool | None = None
 
-    def decode(self, data: bytes) -> Iterator[bytes]:
+    def decode(self, data: bytes, least: int = SNIFFED) -> Iterator[bytes]:
         """Yield what a piece of the body unpacks to."""
         if self.is_packed is None:
-            self.head += data
-        try:
-            for piece in (data,) if self.is_packed is False else self.decoder.decode(data):
-                self.is_packed = True if piece and self.is_packed is None else self.is_packed
-                yield piece
-        except httpx2.DecodingError:
-            if self.is_packed:
-                raise
-            self.is_packed = False
-            yield self.head
+            self.head = data = self.head + data
+            if len(data) < least:
+                return
+            self.is_packed = PLAIN.fullmatch(data[:SNIFFED]) is None
+        yield from self.decoder.decode(data) if self.is_packed else (data,)
 
     def flush(self) -> Iterator[bytes]:
         """Yield what is left."""
-        yield from () if self.is_packed is False else self.decoder.flush()
+        if self.is_packed is None:
+            yield from self.decode(b"", least=0)
+        yield from self.decoder.flush() if self.is_packed else ()
 
 
 async def unlabel(response: httpx2.Response) -> None:
@@ -4349,13 +4362,17 @@ UNREADABLE = ("bad_answer", "connection", "timeout")
 EVENT_BEGINS = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:data|event|id|retry)?:")
 # What relays call a task that makes the image later.
 TASK_KEYS = ("id", "task_id", "job_id", "poll_url", "status_url")
+FINISHED = ("", "success", "succeeded", "complete", "completed", "done", "finished", "ok")
+# What repeats the request, or tells of an error; and where addresses are.
+ASKED_KEYS = ("input", "inputs", "request", "params", "parameters", "error", "errors", "detail")
+ADDRESS_KEYS = ("url", "image_url", "image", "result", "output", "data")
 # Where services have their images, and how these begin: data URLs, and PNG, JPEG, WebP and GIF.
 KEYED_STRING = re.compile(
     rb'"(?:b64_json|b64|base64|image_base64|result|data|image|url|image_url)"'
     rb'\s*:\s*("(?:[^"\\]++|\\.)*+")'
 )
 IMAGE_BEGINS = re.compile(r"\s*(?:(?i:data:image/)|iVBORw0KGgo|/9j/|UklGR|R0lGOD)")
-DATA_URL = re.compile(rb"data:image\\?/[a-z+.-]+;base64,[\w+/=\\-]+")
+DATA_URL = re.compile(r"data:image\\?/[a-z+.-]+;base64,[\w+/=\\-]+", re.ASCII)
 
 
 def load_json(body: bytes) -> Any:  # noqa: ANN401
@@ -4389,7 +4406,8 @@ def error_in(fields: Mapping[str, Any]) -> object:
 
 def is_task(fields: Mapping[str, Any]) -> bool:
     """Tell whether an answer is a task that makes the image later, as relays have them."""
-    return bool(fields.get("status")) and any(key in fields for key in TASK_KEYS)
+    status = str(fields.get("status") or "").lower()
+    return status not in FINISHED and any(key in fields for key in TASK_KEYS)
 
 
 def is_address(encoded: object) -> bool:
@@ -4408,16 +4426,42 @@ def encoded_in(item: object) -> str | bytes | None:
     )
 
 
-def salvaged(body: bytes) -> list[str]:
-    """Return the images of a body that is broken or of an unknown shape, where they are whole.
+def strings_in(value: object, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the strings of a value of JSON and their keys, but for what repeats the request."""
+    left = [(key, value)]
+    while left:
+        key, value = left.pop()
+        if isinstance(value, dict):
+            left += [item for item in reversed(value.items()) if item[0] not in ASKED_KEYS]
+        elif isinstance(value, list):
+            left += [(key, each) for each in reversed(value)]
+        elif isinstance(value, str):
+            yield key, value
 
-    That is the strings under the keys that are usual, however deep, and may be images; else data
-    URLs, as in a text. A page of HTML has pictures, too, which nobody has asked for.
+
+def images_in(parsed: object) -> list[str]:
+    """Return the images of an answer of an unknown shape, each once.
+
+    That is the strings that begin as images do, however deep; else addresses under usual keys, or
+    data URLs, as in a text.
+    """
+    strings = list(strings_in(parsed))
+    images = [text for _, text in strings if IMAGE_BEGINS.match(text)]
+    if not images:
+        images = [text for key, text in strings if key in ADDRESS_KEYS and is_address(text)]
+    images = images or [url for _, text in strings for url in DATA_URL.findall(text)]
+    return list({text.rpartition("base64,")[2]: text for text in images}.values())
+
+
+def salvaged(body: bytes) -> list[str]:
+    """Return the images of a body that is broken: whole strings under usual keys, or data URLs.
+
+    A page of HTML has pictures, too, which nobody has asked for.
     """
     texts = [text for text in map(load_json, KEYED_STRING.findall(body)) if isinstance(text, str)]
     images = [*filter(IMAGE_BEGINS.match, texts)] or [*filter(is_address, texts)]
     if not images and not body.lstrip().startswith(b"<"):
-        images = [url.decode() for url in DATA_URL.findall(body)]
+        images = DATA_URL.findall(body.decode("latin-1"))
     return images
 
 
@@ -4438,9 +4482,10 @@ def events_of(body: bytes) -> dict[str, Any]:
 
 def read_answer(body: bytes, raw: Callable[[], bytes], broken: Verdict | None = None) -> Answer:
     """Find what stands for the images in a body: JSON, events, an image, or whole parts of them."""
-    parsed, whole = load_json(body), body
+    parsed = load_json(body)
+    search: Callable[[], list[str]] = functools.partial(images_in, parsed)
     if parsed is None and EVENT_BEGINS.match(body):
-        parsed, whole = events_of(body), b""  # its drafts are no images
+        parsed, search = events_of(body), list  # its drafts are no images
         early = httpx2.RemoteProtocolError("the stream ended before the image")
         broken = broken or (None if parsed["data"] else verdict_of(early))
     elif parsed is None:
@@ -4448,23 +4493,24 @@ def read_answer(body: bytes, raw: Callable[[], bytes], broken: Verdict | None = 
         picture = probe(io.BytesIO(body))
         is_picture = picture is not None and picture.format != "svg"  # a page may hold one
         parsed = {"message": text, "data": [body] if is_picture else []}
-    return answer_of(parsed, lambda: whole, raw, broken)
+        search = functools.partial(salvaged, body)
+    return answer_of(parsed, search, raw, broken)
 
 
 def answer_of(
     parsed: object,
-    body: Callable[[], bytes],
+    search: Callable[[], list[str]],
     raw: Callable[[], bytes],
     broken: Verdict | None = None,
 ) -> Answer:
-    """Find what stands for the images in a value of JSON, or else anywhere in the body.
+    """Find what stands for the images in a value of JSON, or else search for them.
 
-    But for errors and tasks, which may show the input, or the address of a page.
+    But not in errors and tasks, which may show the input, or the address of a page.
     """
     fields = parsed if isinstance(parsed, dict) else {"data": parsed}
     error, items = error_in(fields), items_of(fields)
     if not (items or error or is_task(fields)):
-        items = salvaged(body())
+        items = search()
     if error and not items:
         verdict = judge(ErrorAnswer(200, {"error": error}, {}, ""))
     elif broken:  # what has come of it is not asked for again
@@ -5131,28 +5177,41 @@ def note_on(job: Job, delivery: Delivery, manifest: Manifest | None) -> Note | N
     return Note(manifest, entry._replace(request_id=delivery.request_id))
 
 
-def take_up_images(jobs: Iterable[Job], manifest: Manifest) -> Iterator[Notice]:
-    """Name images whose run was killed before the manifest knew of them. Raises OSError."""
+def take_up_images(jobs: Iterable[Job], manifest: Manifest) -> Iterator[str]:
+    """Name images whose run was killed before the manifest knew of them. Raises OSError.
+
+    One that was made for no such job keeps the digest of its request: its own list finds it.
+    """
     known = {entry.temporary for entry in manifest.memory.entries.values()}
-    made_from = {job.digest.rpartition("-")[2]: job for job in jobs if job.digest}
+    made_from: dict[str, list[Job]] = {}
+    for job in jobs:
+        made_from.setdefault(job.digest, []).append(job)
     for name in sorted(os.listdir(manifest.folder or ".")):
         path, found = os.path.join(manifest.folder, name), re.fullmatch(TEMPORARY_NAME, name)
-        if not (name and found and found[2]) or name in known:
+        if not found or not found[2] or name in known or not is_left_behind(path):
             continue
-        job, picture = made_from.get(found[2]), probe_file(path)
         with open(path, "rb") as file:
             content = file.read()
-        note = note_on(job, Delivery(), manifest) if job else None
+        picture, digest = probe(io.BytesIO(content)), f"{DIGEST_VERSION}-{found[2]}"
         suffix = picture.format if picture else "image"
         rescued = os.path.join(manifest.folder, f"image_gen-rescued-{name[11:23]}.{suffix}")
-        planned = [output.planned for output in job.outputs] if job else [rescued]
+        own = made_from.get(digest, [])
+        planned = [output.planned for job in own for output in job.outputs] or [rescued]
         names: Iterator[str] = chain(planned, free_names(planned[0]))
-        if picture is None or not picture.whole:
-            names, note = free_names(f"{with_room(planned[0])}.damaged"), None
+        note = note_on(own[0], Delivery(), manifest) if own else None
+        note = note or Note(manifest, Entry("", digest, {}, "", ""))
+        whole = picture is not None and picture.whole
         if content:
-            kept = settle(path, names, note=note and note.about(content))
-            yield Notice(f"an image of a run that was killed is now {kept}")
+            names = names if whole else free_names(f"{with_room(planned[0])}.damaged")
+            kept = settle(path, names, note=note.about(content) if whole else None)
+            yield f"an image of a run that was killed is now {kept}"
         remove_files([path])
+
+
+def is_left_behind(path: str) -> bool:
+    """Tell whether a temporary file can be that of an image: no link, pipe, or giant."""
+    found = os.lstat(path)
+    return stat.S_ISREG(found.st_mode) and found.st_size <= MAX_ANSWER_BYTES
 
 
 def save_answer(
@@ -6752,11 +6811,12 @@ def read_result(file: Spool) -> Result:
         return Result(custom_id, Delivery(failure=failure), is_done=not code.startswith("batch_"))
     body, status = response.get("body"), response.get("status_code")
     sent = Delivery(attempts=1, request_id=str(response.get("request_id") or "") or None)
-    is_ok = status in (None, 200)
-    # An image where one is expected counts, whatever the status is.
-    answer = answer_of(body if is_ok else mapping(body), file.read if is_ok else bytes, file.read)
+    number = status if isinstance(status, int) else 200
+    answer = answer_of(body, functools.partial(images_in, body), file.read)
+    if number >= 300:  # bytes of an image where one is expected count, whatever the status is
+        answer = answer_of(mapping(body), list, file.read)
+        answer.items[:] = [item for item in answer.items if not is_address(encoded_in(item))]
     if not answer.items and status != 200:
-        number = status if isinstance(status, int) else 200
         failure = judge(ErrorAnswer(number, body if mapping(body) else error, {}, "")).failure
         if failure.kind == "address":  # that of the batch was right
             failure = failure._replace(kind="invalid_request", message=one_line(explanation(body)))
@@ -7176,7 +7236,7 @@ class BatchClient:
             if batch.id in own or said.get(RUN_KEY) == self.submission.id:
                 continue
             if same and waits and (here or (not pending and await self.is_uncollected(batch))):
-                where = "" if here else " elsewhere, and is not collected"
+                where = "" if here else " elsewhere, and has its files (--force submits them anew)"
                 self.run.report.note(
                     f"batch {batch.id} was submitted for these jobs{where}, going on"
                 )
@@ -7747,23 +7807,24 @@ def refusing(folder: str) -> Iterator[None]:
 
 def recall(
     jobs: Sequence[Job], former: Submission | None, options: RunOptions
-) -> tuple[list[Job], Memory, list[Notice]]:
-    """Return jobs with what makes their images, what the folder remembers, and what it has found.
+) -> tuple[list[Job], Memory]:
+    """Return jobs with what makes their images, and what the folder remembers of its images.
 
-    Images of a run that was killed get their names.
+    Images of a run that was killed get their names, which is said whatever comes of this one.
     """
     folder = options.out_dir or ""
     memory = read_manifest(folder)
     if options.dry_run and not memory.entries:  # nothing to compare with
-        return list(jobs), memory, []
+        return list(jobs), memory
     sent = former.sources if former and not former.finished else {}
-    digested, found = [with_digest(job, sent) for job in jobs], []
+    digested = [with_digest(job, sent) for job in jobs]
     if not options.dry_run:
         with refusing(folder):
             manifest = Manifest(folder, memory)
             finish_images(manifest)
-            found = list(take_up_images(digested, manifest))
-    return digested, memory, found
+            for said in take_up_images(() if options.force else digested, manifest):
+                tell(f"Warning: {said}")
+    return digested, memory
 
 
 def plan_command(arguments: Arguments, options: RunOptions) -> tuple[Plan, Submission | None]:
@@ -7775,8 +7836,7 @@ def plan_command(arguments: Arguments, options: RunOptions) -> tuple[Plan, Submi
     chosen = {job.number for job in jobs}
     if arguments.command == "generate-batch":
         former = load_submission(options.out_dir or ".")
-        jobs, memory, found_now = recall(jobs, former, options)
-        problems += ((0, notice) for notice in found_now)
+        jobs, memory = recall(jobs, former, options)
         claims = Claims(jobs, memory.entries, options.out_dir or "")
     if options.only is not None and jobs:
         chosen = select_jobs(jobs, options.only, claims.paths if claims else {})

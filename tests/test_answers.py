@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
+import zlib
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 FOX = encoded(Image.effect_noise((64, 64), 80))
 FOX_TEXT = base64.b64encode(FOX).decode()
+FOX_URL = f"data:image/png;base64,{FOX_TEXT}"
 
 
 def document(*items: object, **more: object) -> bytes:
@@ -76,6 +79,14 @@ SHAPES = {
     "the Responses API": answered(json.dumps({"output": [{"result": FOX_TEXT}]}).encode()),
     "Gemini": answered(json.dumps({"parts": [{"inlineData": {"data": FOX_TEXT}}]}).encode()),
     "another key": answered(document({"b64": FOX_TEXT})),
+    "a finished task that repeats its input": answered(
+        json.dumps(
+            {"id": "1", "status": "succeeded", "input": {"image": FOX_URL}, "output": [FOX_URL]}
+        ).encode()
+    ),
+    "one image under two keys": answered(
+        json.dumps({"output": [{"image_base64": FOX_TEXT, "image": FOX_URL}]}).encode()
+    ),
     "null beside an address": answered(
         document({"b64_json": "null", "url": "DATA:image/png;BASE64," + FOX_TEXT})
     ),
@@ -177,6 +188,35 @@ def test_an_answer_without_an_image_is_told_and_kept_without_the_key(
     assert live.names(".") == ["fox.png-alt-1.answer", "fox.png.answer"]
     assert SECRET not in kept.read_text() + result.stdout + result.stderr
     assert run(*live.generate("--skip-existing")).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"error": {"message": "bad"}, "request": {"image": FOX_URL}},
+        {"error": {"message": "bad"}, "data": {"image": FOX_TEXT}},
+        {"detail": [{"msg": "bad", "input": {"image": FOX_URL}}]},
+        {"data": [{"b64_json": None}], "input": {"image": FOX_TEXT}},
+        {"id": "1", "status": "starting", "input": {"image": FOX_URL}},
+    ],
+)
+def test_an_input_that_is_repeated_is_no_image(run: Run, api: ImagesAPI, content: object) -> None:
+    api.script(answered(json.dumps(content).encode()))
+    assert run(*live.generate()).exit_code == 1
+    assert not Path("fox.png").exists()
+
+
+@pytest.mark.parametrize("size", [1, 5, 100])
+@pytest.mark.parametrize("label", ["gzip", "deflate", "zstd"])
+def test_an_announced_compression_is_undone_where_it_is_one(
+    run: Run, api: ImagesAPI, label: str, size: int
+) -> None:
+    packed = {"gzip": gzip.compress(WHOLE), "deflate": zlib.compress(WHOLE)}.get(label, WHOLE)
+    pieces = [packed[at : at + size] for at in range(0, len(packed), size)]
+    headers = {"content-encoding": label}
+    api.script(changed(lambda _: replace(Answer.of(*pieces), headers=headers)))
+    assert run(*live.generate()).exit_code == 0
+    assert Path("fox.png").read_bytes() == FOX
 
 
 def test_an_answer_that_is_empty_leaves_no_file(run: Run, api: ImagesAPI) -> None:

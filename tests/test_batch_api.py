@@ -33,7 +33,8 @@ from images_api import (
     token_limit_exceeded,
     unauthorized,
 )
-from inputs import FLARE, OLDER, Job, Json, mixed_jobs, picture
+from inputs import FLARE, OLDER, Job, Json, encoded, mixed_jobs, picture
+from PIL import Image
 from queue_api import CANCEL, CREATE, DOWNLOAD, GOES_ON, LIST, POLL, STATE, UPLOAD, made, queued
 
 if TYPE_CHECKING:
@@ -752,6 +753,18 @@ def test_an_error_file_without_an_output_file_gives_each_job_its_error(
     ids = {f"req_{line.id}" for line in api.batches[0].lines}
     assert {line["request_id"] for line in result.json_lines} == ids
     assert "Rejected: gore." in result.stderr
+
+
+@pytest.mark.parametrize("shown", ["detail", "url"])
+def test_a_refusal_that_shows_a_picture_is_a_refusal(run: Run, api: ImagesAPI, shown: str) -> None:
+    url = f"data:image/png;base64,{base64.b64encode(encoded(Image.new('RGB', (9, 9)))).decode()}"
+    body: Json = {"detail": [{"msg": "bad", "input": {"image": url}}]}
+    if shown == "url":
+        body = {"message": "bad", "url": "https://example.org/docs"}
+    api.plan_batch(changed(lambda line: line["response"].update(status_code=422, body=body)))
+    result = run(*queued(2))
+    assert live.error(result) == "line 1: refused, HTTP 422: bad (also line 2)"
+    assert made() == []
 
 
 @pytest.mark.parametrize("code", ["200", 201, None, 502])

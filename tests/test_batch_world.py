@@ -695,7 +695,7 @@ def test_a_batch_that_has_ended_and_was_not_collected_is_collected_elsewhere(
     elsewhere(monkeypatch)
     result = run(*queued(2))
     assert (result.exit_code, len(api.batches)) == (0, 1), result.stderr
-    assert "was submitted for these jobs elsewhere, and is not collected, going on" in result.stderr
+    assert "was submitted for these jobs elsewhere, and has its files (--force" in result.stderr
     assert made() == live.images(1, 2)
 
 

@@ -83,7 +83,6 @@ FOREIGN = {
         f"• {RED}\n• {BLUE}\n",
         f"- {RED}\n  over dunes\n- {BLUE}\n  at noon\n",
         f"1、{RED}\n2、{BLUE}\n",
-        f"1: {RED}\n2: {BLUE}\n",
     ],
     "a Markdown table": [
         f"| prompt | size |\n|---|---|\n| {RED} | auto |\n",
@@ -101,14 +100,15 @@ FOREIGN = {
         f'\ufeff[\n "{RED}"\n, "{BLUE}"\n]\n',
     ],
     "TOML": [
+        f'[hero]\nprompt = "{RED}"\n\n[foot]\nprompt = "{BLUE}"\n',
         f'[[jobs]]\nprompt = "{RED}"\nsize = "auto"\n[[jobs]]\nprompt = "{BLUE}"\n',
         f'prompt = "{RED}"\nsize = "auto"\n',
     ],
     "a list of a program": [
-        f'prompts = [\n    "{RED}",\n    "{BLUE}",\n]\n',
-        f"const prompts: string[] = [\n  '{RED}'\n]\n",
+        f'prompts = [\n    "{RED}",\n    r"{BLUE}",  # "1"\n]\n'.replace('"1"', "1"),
         f'"{RED}",\n"{BLUE}"\n',
     ],
+    "a list in single quotes": [f"const prompts: string[] = [\n  '{RED}'\n]\n"],
     "a script": [f'#!/bin/sh\nimage_gen.py generate --prompt "{RED}"\n'],
     "a code fence": [
         f'```jsonl\n{{"prompt": "{RED}"}}\n```\n',
@@ -134,7 +134,13 @@ WAYS = [
     *[("CSV", content) for content in FOREIGN["CSV"][:5]],
     *[
         (kind, each)
-        for kind in ("JSON over several lines", "a code fence", "TOML", "a list of a program")
+        for kind in (
+            "JSON over several lines",
+            "a code fence",
+            "TOML",
+            "a list of a program",
+            "a list in single quotes",
+        )
         for each in FOREIGN[kind]
     ],
     *[("a Markdown list", content) for content in FOREIGN["a Markdown list"]],
@@ -219,6 +225,12 @@ def test_a_file_that_is_no_utf_8_text_is_refused(run: Run, content: bytes, says:
         ["GIF89 nostalgia"],
         ["A text on a wall, a title, a name", "An owl, a hare, a fox"],
         ["A wooden texture,seamless", "A stone texture,seamless"],
+        ['"Tiger, tiger,"', "In the forests,", '"What immortal hand",', "or eye"],
+        ["mood = [", RED],
+        ["16: 9 frame of a fox", "4: 3 frame of a dog"],
+        ["12: noon, a square", "18: evening, a square"],
+        ["| o | x |", "| x | o |", "a caption"],
+        ["[portrait]", "prompt = who is there, a neon sign", RED],
     ],
     ids=lambda lines: lines[0],
 )

@@ -138,6 +138,16 @@ def test_the_line_is_synced_before_the_name_is_given(
     assert last == ["image", image_gen.MANIFEST_NAME, "castle.png", "out"]
 
 
+def test_what_only_has_the_name_of_a_temporary_image_is_left_alone(run: Run) -> None:
+    Path("out").mkdir()
+    names = [f"out/.image_gen-{digit * 12}{'0' * 64}.tmp" for digit in "123"]
+    os.mkfifo(names[0])
+    Path(names[1]).mkdir()
+    Path(names[2]).symlink_to("nowhere")
+    assert resumed(run, ["a fox"]).exit_code == 0
+    assert all(map(os.path.lexists, names))
+
+
 @pytest.mark.parametrize("left", ["whole", "cut", "of another line"])
 def test_an_image_of_which_the_manifest_does_not_know_yet_is_taken_up(
     run: Run, api: ImagesAPI, left: str
