@@ -1473,7 +1473,7 @@ FAR = 71  # levels from the key; nearer, only what is flat is a plateau; 68: blo
 BODY_MEAN, BODY_Q = 0.95, 0.85  # of q around a cell, and of a pixel of it, that is opaque
 LIKE_CELLS = 6  # of 3x3, itself included, make the core of a plateau; 5: -0.1 dB; 7: alike
 CORE_WEIGHT = 28  # of 81, the core cells in 5x5, the nearer the heavier; 20: -0.3 dB; 36: alike
-AREA_SHARE = 0.75  # of an area of like colour are a plateau, or none; 0.6: -0.2 dB in drawn glass
+AREA_SHARE = 0.75  # of an area of like colour are plateaus, or none is; 0.6: -0.2 dB in drawn glass
 PLATEAU_SHARE = 0.6  # of a plateau's q is the least that pixels beside it have; 0.45, 0.75: alike
 RING_REACH = 3  # cells from the background to the end of the ring; 2: alike; 4: 0.2 % more holes
 FLAT_STEP = 1.5  # levels between cells of one flat colour; 1: 0.4 % more holes; 2.25: -0.5 dB
@@ -1650,10 +1650,10 @@ def body_of(cells: Cells) -> Mask:
     return cells.solid & ~cells.ring & (opacity >= BODY_MEAN)
 
 
-def mostly_outside(areas: Mask, chosen: Mask) -> Mask:
-    """Find the connected areas of which too little is chosen, so that none is torn in two."""
+def as_wholes(areas: Mask, chosen: Mask) -> Mask:
+    """Choose all of a connected area or nothing of it, as most of it is, so that none is torn."""
     parts = parts_of(areas)
-    return parts.mask(parts.sums(chosen) < AREA_SHARE * parts.sizes())
+    return (chosen & ~areas) | parts.mask(parts.sums(chosen) >= AREA_SHARE * parts.sizes())
 
 
 def judge_areas(cells: Cells, backdrop: Backdrop, subject: str) -> HuedAreas:
@@ -1680,7 +1680,7 @@ def judge_areas(cells: Cells, backdrop: Backdrop, subject: str) -> HuedAreas:
     kept = ~is_clear & ~(fades & similar(unmixed, fades & (glow | shade)))
     is_pane = (cells.q < PANE_Q) & (level > PANE_LEVEL) & (colour_left < PANE_COLOUR)
     opaque = kept & ~is_pane
-    chosen = plateau & opaque & ~mostly_outside(hued & (step < SAME_COLOUR), plateau & opaque)
+    chosen = as_wholes(hued & (step < SAME_COLOUR), plateau & opaque)
     return HuedAreas(opaque_bar(cells.q, chosen), opaque, body & kept, is_clear)
 
 

@@ -28,12 +28,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from remove_chroma_key import (
+    as_wholes,
     dilate,
     has_smooth_noise,
     has_subsampled_chroma,
     hue_pairs,
     key_free_share,
-    mostly_outside,
     parts_of,
     project,
     sharpen_chroma,
@@ -470,11 +470,15 @@ def test_lenses_that_grow_denser_are_glass_in_spite_of_their_crisp_rim(
     assert np.abs(cut[..., 3][inner] / 255 - alpha[inner]).mean() < 0.12
 
 
-def test_an_area_of_which_a_part_alone_is_opaque_is_not_torn() -> None:
-    areas = np.array([[1, 1, 1, 0, 1], [1, 1, 0, 0, 1], [0, 0, 0, 0, 1]], np.bool_)
-    chosen = np.array([[1, 1, 0, 0, 1], [0, 0, 0, 0, 1], [0, 0, 0, 0, 1]], np.bool_)
-    torn = mostly_outside(areas, chosen)
-    assert torn.astype(int).tolist() == [[1, 1, 1, 0, 0], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]]
+def test_an_area_of_like_colour_is_judged_as_most_of_it_is() -> None:
+    areas = np.array([[1, 1, 1, 0, 1, 1], [1, 1, 0, 0, 1, 1], [0, 0, 0, 0, 1, 1]], np.bool_)
+    chosen = np.array([[1, 1, 0, 0, 1, 1], [0, 0, 0, 0, 1, 1], [1, 0, 0, 0, 1, 0]], np.bool_)
+    whole = as_wholes(areas, chosen)
+    assert whole.astype(int).tolist() == [
+        [0, 0, 0, 0, 1, 1],
+        [0, 0, 0, 0, 1, 1],
+        [1, 0, 0, 0, 1, 1],
+    ]
 
 
 @pytest.mark.parametrize(
