@@ -1474,6 +1474,7 @@ BODY_MEAN, BODY_Q = 0.95, 0.85  # of q around a cell, and of a pixel of it, that
 LIKE_CELLS = 6  # of 3x3, itself included, make the core of a plateau; 5: -0.1 dB; 7: alike
 CORE_WEIGHT = 28  # of 81, the core cells in 5x5, the nearer the heavier; 20: -0.3 dB; 36: alike
 AREA_SHARE = 0.75  # of an area of like colour are plateaus, or none is; 0.6: -0.2 dB in drawn glass
+GLINT_SHARE = 0.1  # of a hued area is no body; 0: -0.1 dB in drawn glass; 0.15: bodies with holes
 PLATEAU_SHARE = 0.6  # of a plateau's q is the least that pixels beside it have; 0.45, 0.75: alike
 RING_REACH = 3  # cells from the background to the end of the ring; 2: alike; 4: 0.2 % more holes
 FLAT_STEP = 1.5  # levels between cells of one flat colour; 1: 0.4 % more holes; 2.25: -0.5 dB
@@ -1656,6 +1657,12 @@ def as_wholes(areas: Mask, chosen: Mask) -> Mask:
     return (chosen & ~areas) | parts.mask(parts.sums(chosen) >= AREA_SHARE * parts.sizes())
 
 
+def without_glints(areas: Mask, chosen: Mask) -> Mask:
+    """Leave out what is chosen of a connected area where that is little: a glint on glass."""
+    parts = parts_of(areas)
+    return chosen & ~parts.mask(parts.sums(chosen) < GLINT_SHARE * parts.sizes())
+
+
 def judge_areas(cells: Cells, backdrop: Backdrop, subject: str) -> HuedAreas:
     """Find where the subject is opaque in spite of its hue, and where it is see-through."""
     nowhere, everywhere = np.zeros_like(cells.solid), np.ones_like(cells.solid)
@@ -1680,7 +1687,7 @@ def judge_areas(cells: Cells, backdrop: Backdrop, subject: str) -> HuedAreas:
     kept = ~is_clear & ~(fades & similar(unmixed, fades & (glow | shade)))
     is_pane = (cells.q < PANE_Q) & (level > PANE_LEVEL) & (colour_left < PANE_COLOUR)
     opaque = kept & ~is_pane
-    chosen = as_wholes(hued & (step < SAME_COLOUR), plateau & opaque)
+    chosen = without_glints(hued, as_wholes(hued & (step < SAME_COLOUR), plateau & opaque))
     return HuedAreas(opaque_bar(cells.q, chosen), opaque, body & kept, is_clear)
 
 

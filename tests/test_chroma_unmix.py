@@ -38,6 +38,7 @@ from remove_chroma_key import (
     project,
     sharpen_chroma,
     unmixed_colour,
+    without_glints,
 )
 
 if TYPE_CHECKING:
@@ -479,6 +480,15 @@ def test_an_area_of_like_colour_is_judged_as_most_of_it_is() -> None:
         [0, 0, 0, 0, 1, 1],
         [1, 0, 0, 0, 1, 1],
     ]
+
+
+def test_a_glint_is_no_body_on_a_pane_that_is_none() -> None:
+    pane, glint = np.ones((12, 12), np.bool_), np.eye(12, dtype=np.bool_)
+    half = pane.copy()
+    half[6:] = False
+    assert not without_glints(pane, glint).any()
+    assert (without_glints(pane, half) == half).all()
+    assert (without_glints(glint, glint) == glint).all()
 
 
 @pytest.mark.parametrize(
