@@ -1333,7 +1333,9 @@ POCKET_LIMITS = ((200, 36), (1000, 15), (math.inf, 7))  # pixels, levels: the me
 POCKET_GAPS = (1, 3, 5)  # half the pixels of a gap that is closed; 1 alone: a third more haze
 # Areas, too small to be told by their mean, that are off the key without being enclosed:
 FAINT_FROM, FAINT_DISTANCE = 4, 34  # levels from the key; to 30: more haze; to 38: -0.1 dB
-FLAT_LEVELS = 1  # levels, and a grain, by which an island goes up and down; 2: alike
+FLAT_LEVELS = (
+    1.75  # levels, and a grain, by which an island goes up and down; 1: a tenth more haze
+)
 MOST_ISLAND = 200  # pixels; 100: alike
 GROUND_STEP, TOP_GROUND = 10, 15  # levels that are more than noise, and those of the ground
 MOST_HIGHER = 2  # neighbours of a pixel that is no edge; 1: +0.1 dB, a tenth more haze
