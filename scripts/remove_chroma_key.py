@@ -1333,9 +1333,7 @@ POCKET_LIMITS = ((200, 36), (1000, 15), (math.inf, 7))  # pixels, levels: the me
 POCKET_GAPS = (1, 3, 5)  # half the pixels of a gap that is closed; 1 alone: a third more haze
 # Areas, too small to be told by their mean, that are off the key without being enclosed:
 FAINT_FROM, FAINT_DISTANCE = 4, 34  # levels from the key; to 30: more haze; to 38: -0.1 dB
-FLAT_LEVELS = (
-    1.75  # levels, and a grain, by which an island goes up and down; 1: a tenth more haze
-)
+FLAT_LEVELS = 1.75  # levels, and a grain, by which an island goes up and down; 1: a tenth more haze
 MOST_ISLAND = 200  # pixels; 100: alike
 GROUND_STEP, TOP_GROUND = 10, 15  # levels that are more than noise, and those of the ground
 MOST_HIGHER = 2  # neighbours of a pixel that is no edge; 1: +0.1 dB, a tenth more haze
@@ -1476,7 +1474,7 @@ BODY_MEAN, BODY_Q = 0.95, 0.85  # of q around a cell, and of a pixel of it, that
 LIKE_CELLS = 6  # of 3x3, itself included, make the core of a plateau; 5: -0.1 dB; 7: alike
 CORE_WEIGHT = 28  # of 81, the core cells in 5x5, the nearer the heavier; 20: -0.3 dB; 36: alike
 AREA_SHARE = 0.75  # of an area of like colour are plateaus, or none is; 0.6: -0.2 dB in drawn glass
-GLINT_SHARE = 0.1  # of a hued area is no body; 0: -0.1 dB in drawn glass; 0.15: bodies with holes
+GLINT_SHARE = 0.12  # of a hued area is no body; 0: -0.2 dB in drawn glass; 0.15: bodies get holes
 PLATEAU_SHARE = 0.6  # of a plateau's q is the least that pixels beside it have; 0.45, 0.75: alike
 RING_REACH = 3  # cells from the background to the end of the ring; 2: alike; 4: 0.2 % more holes
 FLAT_STEP = 1.5  # levels between cells of one flat colour; 1: 0.4 % more holes; 2.25: -0.5 dB
