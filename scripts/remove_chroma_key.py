@@ -28,7 +28,7 @@ The file, from top to bottom; a section uses only what stands above it:
    10a the backdrop, and q             how much of a pixel is not key
    10b the mixture                     its chroma sharpened where it was stored coarsely
    10c the ground                      what is background, though not quite the key
-   10d areas in the key's hue          opaque, glow or shade
+   10d areas in the key's hue          opaque, or glow, shade, glass
    10e certain pixels                  those that are subject alone
    10f the others                      coloured light, and edges
    10g all of it
@@ -1464,7 +1464,8 @@ def mixture_of(planes: Planes, key: Colour) -> Mixture:
 # how an object meets the background: crisply, or fading into it. So cells of some pixels are
 # judged: a plateau of cells of one colour is opaque, unless its like fades in the ring of cells
 # along the background, as glow (light of some colour) or shade (grey): one verdict an object. Glass
-# with a crisp rim is told by its shading.
+# with a crisp rim is told by its shading. Last, areas of like colour become one thing or the other
+# as wholes, and a glint on a pane is none of its own.
 
 CERTAIN_Q = 0.98  # above, what is away from the edges is certainly subject; 0.97, 1: -0.1, -0.2 dB
 EVEN_Q = 0.25  # q varies more than that only where edges cross a cell; 0.4: -0.7 dB
@@ -1577,11 +1578,10 @@ def steepest_step(colour: F32, solid: Mask) -> F32:
     return steepest
 
 
-def fading_cells(cells: Cells, unmixed: F32, grain: float) -> tuple[Mask, Mask]:
+def fading_cells(cells: Cells, unmixed: F32, is_flat: Mask) -> tuple[Mask, Mask]:
     """Find the cells of the ring that fade into the background, as glow and as shade."""
     q, q_around = cells.q, around(cells.q_high, np.maximum, 2)
-    slope = steepest_step(cells.colour, cells.solid)
-    fades = cells.ring & (slope >= FLAT_STEP + GRAIN_STEP * grain) & (q > LEAST_FADE)
+    fades = cells.ring & ~is_flat & (q > LEAST_FADE)
     faint_glow = (q < FAINT_GLOW_Q) & (q_around < FAINT_GLOW_AROUND)
     rises = q_around > STEEP_GLOW_RISE * q
     steep_glow = (q < STEEP_GLOW_Q) & (q_around < STEEP_GLOW_AROUND) & rises
@@ -1599,13 +1599,13 @@ def objects_with(cells: Cells, evidence: Mask, least_share: float) -> Mask:
     return objects.mask(np.where(ring >= OBJECT_RING, in_object, in_picture))
 
 
-def glass_of(cells: Cells, unmixed: F32, plateau: Mask, backdrop: Backdrop) -> Mask:
+def glass_of(cells: Cells, unmixed: F32, plateau: Mask, key: F32, flat_step: float) -> Mask:
     """Find the objects that the key shines through, though their rims are crisp.
 
     A body's shading scales all channels of its colour. Behind glass there is (1 - a)·K in the lit
     ones, which follow the others less, and fall where those rise because the glass is denser.
     """
-    lit = list(lit_channels(backdrop.key))
+    lit = list(lit_channels(key))
     unlit = [channel for channel in range(3) if channel not in lit]
     hued = plateau & (unmixed.max(axis=0) > BLACK)
     follows, varies, shading = np.zeros((3, *hued.shape), np.float32)
@@ -1627,7 +1627,7 @@ def glass_of(cells: Cells, unmixed: F32, plateau: Mask, backdrop: Backdrop) -> M
     opacity = sums(cells.q * hued) / np.maximum(number, 1)
     share = number / np.maximum(sums(cells.solid), 1)
     is_body = slope + opacity - share > BODY_FROM  # glass is seldom less than most of an object
-    is_shaded = sums(shading) > number * (FLAT_STEP + GRAIN_STEP * backdrop.grain) ** 2
+    is_shaded = sums(shading) > number * flat_step**2
     is_known = is_shaded & (number >= OBJECT_RING) & (share > HUED_SHARE)
     return cells.objects.mask(~is_body & is_known)
 
@@ -1670,21 +1670,23 @@ def judge_areas(cells: Cells, backdrop: Backdrop, subject: str) -> HuedAreas:
         return HuedAreas(opaque_bar(cells.q, nowhere), nowhere, nowhere, everywhere)
     hued = cells.solid & (cells.q < CERTAIN_Q) & (cells.q_range < EVEN_Q)
     step = steepest_step(cells.colour, cells.solid)
-    is_flat = step < FLAT_STEP + GRAIN_STEP * backdrop.grain
-    is_far = np.abs(cells.colour - backdrop.key[:, None, None]).max(axis=0) > FAR
+    flat_step = FLAT_STEP + GRAIN_STEP * backdrop.grain
+    is_flat, key = step < flat_step, backdrop.key
+    is_far = np.abs(cells.colour - key[:, None, None]).max(axis=0) > FAR
     even = hued & (is_flat | is_far)
     plateau = even & part_of_plateau(cells.colour, even) if even.any() else nowhere
     body = body_of(cells)
     if subject == "opaque" or not even.any():
         return HuedAreas(opaque_bar(cells.q, plateau), everywhere, body, nowhere)
-    unmixed = unmixed_colour(cells.colour, cells.q, backdrop.key)
-    glow, shade = fading_cells(cells, unmixed, backdrop.grain)
+    unmixed = unmixed_colour(cells.colour, cells.q, key)
+    glow, shade = fading_cells(cells, unmixed, is_flat)
+    fading = glow | shade
     level, colour_left = unmixed.max(axis=0), np.ptp(unmixed, axis=0)
-    fades = objects_with(cells, glow | shade, FADING_SHARE)
+    fades = objects_with(cells, fading, FADING_SHARE)
     is_clear = fades & objects_with(cells, glow & (level > DARK), CLEAR_SHARE)
-    if hue_pairs(backdrop.key):
-        is_clear |= glass_of(cells, unmixed, plateau, backdrop)
-    kept = ~is_clear & ~(fades & similar(unmixed, fades & (glow | shade)))
+    if hue_pairs(key):
+        is_clear |= glass_of(cells, unmixed, plateau, key, flat_step)
+    kept = ~is_clear & ~(fades & similar(unmixed, fades & fading))
     is_pane = (cells.q < PANE_Q) & (level > PANE_LEVEL) & (colour_left < PANE_COLOUR)
     opaque = kept & ~is_pane
     chosen = without_glints(hued, as_wholes(hued & (step < SAME_COLOUR), plateau & opaque))
