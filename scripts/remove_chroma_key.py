@@ -1475,6 +1475,7 @@ BODY_MEAN, BODY_Q = 0.95, 0.85  # of q around a cell, and of a pixel of it, that
 LIKE_CELLS = 6  # of 3x3, itself included, make the core of a plateau; 5: -0.1 dB; 7: alike
 CORE_WEIGHT = 28  # of 81, the core cells in 5x5, the nearer the heavier; 20: -0.3 dB; 36: alike
 AREA_SHARE = 0.75  # of an area of like colour are plateaus, or none is; 0.6: -0.2 dB in drawn glass
+LARGE_AREA = 90  # cells; smaller ones are thin and have few cells of a core; 40: arms get holes
 GLINT_SHARE = 0.12  # of a hued area is no body; 0: -0.2 dB in drawn glass; 0.15: bodies get holes
 PLATEAU_SHARE = 0.6  # of a plateau's q is the least that pixels beside it have; 0.45, 0.75: alike
 RING_REACH = 3  # cells from the background to the end of the ring; 2: alike; 4: 0.2 % more holes
@@ -1652,9 +1653,11 @@ def body_of(cells: Cells) -> Mask:
 
 
 def as_wholes(areas: Mask, chosen: Mask) -> Mask:
-    """Choose all of a connected area or nothing of it, as most of it is, so that none is torn."""
+    """Choose all of a large connected area or nothing, as most of it is, so that none is torn."""
     parts = parts_of(areas)
-    return (chosen & ~areas) | parts.mask(parts.sums(chosen) >= AREA_SHARE * parts.sizes())
+    sizes = parts.sizes()
+    large = parts.mask(sizes >= LARGE_AREA)
+    return (chosen & ~large) | parts.mask(parts.sums(chosen) >= AREA_SHARE * sizes)
 
 
 def without_glints(areas: Mask, chosen: Mask) -> Mask:

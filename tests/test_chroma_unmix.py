@@ -471,15 +471,23 @@ def test_lenses_that_grow_denser_are_glass_in_spite_of_their_crisp_rim(
     assert np.abs(cut[..., 3][inner] / 255 - alpha[inner]).mean() < 0.12
 
 
-def test_an_area_of_like_colour_is_judged_as_most_of_it_is() -> None:
-    areas = np.array([[1, 1, 1, 0, 1, 1], [1, 1, 0, 0, 1, 1], [0, 0, 0, 0, 1, 1]], np.bool_)
-    chosen = np.array([[1, 1, 0, 0, 1, 1], [0, 0, 0, 0, 1, 1], [1, 0, 0, 0, 1, 0]], np.bool_)
-    whole = as_wholes(areas, chosen)
-    assert whole.astype(int).tolist() == [
-        [0, 0, 0, 0, 1, 1],
-        [0, 0, 0, 0, 1, 1],
-        [1, 0, 0, 0, 1, 1],
-    ]
+def test_a_large_area_of_like_colour_is_judged_as_most_of_it_is() -> None:
+    areas, chosen, whole = (
+        np.kron(np.array(rows, np.bool_), np.ones((6, 6), np.bool_))
+        for rows in (
+            [[1, 1, 1, 0, 1, 1], [1, 1, 0, 0, 1, 1], [0, 0, 0, 0, 1, 1]],
+            [[1, 1, 0, 0, 1, 1], [0, 0, 0, 0, 1, 1], [0, 0, 1, 0, 1, 0]],
+            [[0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 1, 1], [0, 0, 1, 0, 1, 1]],
+        )
+    )
+    assert (as_wholes(areas, chosen) == whole).all()
+
+
+def test_a_small_area_keeps_what_is_opaque_of_it() -> None:
+    arm = np.ones((3, 20), np.bool_)
+    core = arm.copy()
+    core[:, ::2] = False
+    assert (as_wholes(arm, core) == core).all()
 
 
 def test_a_glint_is_no_body_on_a_pane_that_is_none() -> None:
