@@ -2175,7 +2175,7 @@ BORDER_FAULTS = {
     "no hue": Complaint(
         "look",
         "the background {key} has no hue, so what the subject has of its brightness may be lost; "
-        "make the picture again on #00ff00 or #ff00ff",
+        "make the picture again, or edit a photograph, onto #00ff00 or #ff00ff",
     ),
 }
 
@@ -2333,8 +2333,8 @@ def about_leftovers(check: AlphaCheck) -> Iterator[Complaint]:
     if check.haze > HAZE_SHARE:
         yield Complaint(
             "look",
-            f"a haze covers {check.haze:.2%} of it beside the subject, if that is no soft edge: "
-            f"look at it, or {CUT_OUT}",
+            f"a haze covers {check.haze:.2%} of it beside the subject, if that is no soft edge, "
+            f"smoke or glow: look at it, or {CUT_OUT}",
         )
     if check.key_left is not None:
         yield from about_rim(check.rim_tint, check.key_left)
