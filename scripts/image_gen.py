@@ -7786,13 +7786,16 @@ def run_plan(plan: Plan, submission: Submission | None, report: Report) -> int:
         for name in ending_signals():
             signal.signal(name, signal.default_int_handler)
     work = run_batches(plan, submission, report) if submission else run_jobs(plan, report)
-    outcomes = asyncio.run(work)
-    if plan.sheet is not None and not report.unfinished:
-        try:
+    try:
+        outcomes = asyncio.run(work)
+        if plan.sheet is not None and not report.unfinished:
             write_contact_sheet(plan.sheet, all_outcomes(plan, outcomes), report)
-        except KeyboardInterrupt:
-            report.interrupted = True
-            report.error("interrupted; the images are saved, the contact sheet is not written")
+    except KeyboardInterrupt:
+        if not report.ended:  # the run had not taken the signals over
+            raise
+        report.interrupted = True
+        sheet = ", the contact sheet is not written" if plan.sheet else ""
+        report.error(f"interrupted; the images are saved{sheet}")
     return report.exit_code
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import image_gen
 import live
 import pytest
 from cli import heard
@@ -119,3 +121,19 @@ def test_quiet_still_says_how_to_resume(start_process: Start, api: ImagesAPI) ->
     code, _, err = ended(process)
     assert code == 130
     assert HINT in err[-1]
+
+
+def test_a_signal_behind_the_last_image_does_not_say_that_nothing_was_sent(
+    run: Run, api: ImagesAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close = image_gen.Report.close
+
+    def closing(report: image_gen.Report, *arguments: Any) -> None:  # noqa: ANN401
+        close(report, *arguments)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(image_gen.Report, "close", closing)
+    result = run(*live.batch(2))
+    assert (result.exit_code, len(api.requests)) == (130, 2)
+    assert "Error: interrupted; the images are saved\n" in result.stderr
+    assert "before anything was sent" not in result.stderr
