@@ -6272,7 +6272,7 @@ async def run_jobs(plan: Plan, report: Report) -> list[Outcome]:
 
 STATE_NAME = ".image_gen-batch.json"
 STATE_VERSION = 1
-MAX_STATE_BYTES = 256 * 1024 * 1024  # a tenth of it is that of 50,000 jobs
+MAX_STATE_BYTES = 256 * 1024 * 1024  # many times that of 50,000 jobs
 MAX_BATCH_LINES = 50_000
 MAX_BATCH_BYTES = 200_000_000
 POLL_SECONDS = 5.0
@@ -7891,7 +7891,7 @@ def run_command(arguments: Arguments) -> int:
             report.warn(warning)
         if plan.memory is not None and plan.existing == "keep":
             report.note(sum_up(plan))
-        elif plan.jobs and not plan.to_send and not options.dry_run:
+        elif plan.memory is None and not plan.to_send and not options.dry_run:
             names = listing(output.path for output in plan.jobs[0].outputs)
             report.note(f"{names}: there by name; what it was made from is not compared")
         if options.dry_run:
