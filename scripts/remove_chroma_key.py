@@ -680,11 +680,12 @@ def numbers_of(version: str) -> list[int]:
 def check_packages() -> Iterator[str]:
     """Load the packages, before any worker process needs them, or name what is amiss."""
     for module, (package, least) in PACKAGES.items():
+        top = module.partition(".")[0]
         try:
             importlib.import_module(module)
-            version: str = sys.modules[module.partition(".")[0]].__version__
+            version: str = sys.modules[top].__version__
         except ModuleNotFoundError as missing:
-            missed = package if missing.name == module.partition(".")[0] else missing.name
+            missed = package if missing.name == top else missing.name
             yield f"{missed} is not installed; run: {INSTALL} pillow numpy"
         except ImportError as damage:
             remedy = f"run: {INSTALL} --force-reinstall {package}"
