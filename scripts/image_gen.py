@@ -806,6 +806,11 @@ class Picture(NamedTuple):
     oddity: str = ""  # what the API takes badly: CMYK, more than 8 bits, an animation
 
     @property
+    def edges(self) -> tuple[int, int]:
+        """Width and height."""
+        return self.width, self.height
+
+    @property
     def size(self) -> str:
         """The size as the API writes it."""
         return f"{self.width}x{self.height}"
@@ -1806,10 +1811,7 @@ FOREIGN_FILES: Mapping[str, tuple[Callable[[Shape], bool], str]] = {
         lambda shape: shape.has_keys(YAML_KEY, "---|(prompts|jobs):"),
         f'python -c "import json, yaml; d = yaml.safe_load(open(0)); {TO_JSONL}  # has PyYAML',
     ),
-    "a Markdown list": (
-        lambda shape: shape.is_list,
-        LIST_WAY,
-    ),
+    "a Markdown list": (lambda shape: shape.is_list, LIST_WAY),
     "CSV": (lambda shape: shape.is_csv, CSV_WAY),
 }
 
@@ -2155,19 +2157,19 @@ def output_at(path: str, planned: str, job: Job, options: RunOptions) -> Output:
     )
 
 
-def fit(width: int, height: int, picture: Picture) -> bool:
-    """Tell whether a size has the aspect of a picture, as near as makes no difference."""
-    return abs(width * picture.height / (height * picture.width) - 1) <= MATCHING + 1e-9
+def fit(edges: tuple[int, int], others: tuple[int, int]) -> bool:
+    """Tell whether two pictures have one aspect, as near as makes no difference."""
+    return abs(edges[0] * others[1] / (edges[1] * others[0]) - 1) <= MATCHING + 1e-9
 
 
 @functools.cache  # of the inputs of a command, which many jobs may share
-def nearest_size(picture: Picture, sizes: Sequence[str]) -> str:
-    """Return the size that is nearest to a picture's aspect and area: one of some, or a free one.
+def nearest_size(wanted: tuple[int, int], sizes: Sequence[str]) -> str:
+    """Return the size that is nearest to an aspect and an area: one of some, or a free one.
 
     A deviation in aspect weighs more than one in area, since it cannot be mended afterwards.
     """
     known: list[tuple[int, int]] = [*filter(None, map(edges_of, sizes))]
-    aspect = min(MAX_ASPECT, max(1 / MAX_ASPECT, picture.width / picture.height))
+    aspect = min(MAX_ASPECT, max(1 / MAX_ASPECT, wanted[0] / wanted[1]))
     for width in () if sizes else range(EDGE_STEP, MAX_EDGE + 1, EDGE_STEP):
         step = int(width / aspect / EDGE_STEP)
         known += [(width, (step + more) * EDGE_STEP) for more in (-1, 0, 1, 2)]
@@ -2175,8 +2177,8 @@ def nearest_size(picture: Picture, sizes: Sequence[str]) -> str:
     def distance(size: tuple[int, int]) -> tuple[bool, float]:
         width, height = size
         deviation = abs(log(width / height / aspect))
-        growth = abs(log(width * height / picture.width / picture.height))
-        return not fit(width, height, picture), ASPECT_WEIGHT * deviation + growth
+        growth = abs(log(width * height / wanted[0] / wanted[1]))
+        return not fit(size, wanted), ASPECT_WEIGHT * deviation + growth
 
     legal = [
         edges
@@ -2196,7 +2198,7 @@ def match_size(job: Job, look: Callable[[str], Picture | None]) -> Job:
     if picture is None or not picture.width * picture.height:  # preflight says so
         return job
     family = model_family(request.model) or MODEL_FAMILIES[0]
-    size = nearest_size(picture.upright, family.sizes)
+    size = nearest_size(picture.upright.edges, family.sizes)
     return job._replace(request=request._replace(size=size))
 
 
@@ -2283,7 +2285,7 @@ def find_missing(job: Job, options: RunOptions, claims: Claims | None) -> Job:
 # automatic name gives way, or it is stale, and stays until --remake.
 
 DIGEST_VERSION = 1
-TEMPORARY_NAME = r"(\.image_gen-[0-9a-f]{12}([0-9a-f]{64})?\.tmp)?"
+TEMPORARY_NAME = r"(\.image_gen-([0-9a-f]{12})([0-9a-f]{64})?\.tmp)?"
 UNDIGESTED = ("n", "stream", "partial_images", "safety_identifier")  # they change no image
 
 
@@ -2781,8 +2783,7 @@ def size_of_aspect(aspect: str) -> str:
         return ""
     width, height = int(found[1]), int(found[2])
     scale = 1536 / (width * height) ** 0.5
-    seen = Picture("", round(width * scale), round(height * scale), alpha=False, whole=True)
-    return nearest_size(seen, ())
+    return nearest_size((round(width * scale), round(height * scale)), ())
 
 
 def check_size(request: ImageRequest, family: ModelFamily) -> Iterator[str]:
@@ -2801,7 +2802,7 @@ def check_size(request: ImageRequest, family: ModelFamily) -> Iterator[str]:
         return
     width, height = edges
     if width % EDGE_STEP or height % EDGE_STEP:
-        near = nearest_size(Picture("", width, height, alpha=False, whole=True), ())
+        near = nearest_size(edges, ())
         yield f"size {size}: both edges have to be multiples of {EDGE_STEP}, e.g. {near}"
     if max(width, height) > MAX_EDGE:
         yield f"size {size}: the longer edge can be at most {MAX_EDGE}"
@@ -3096,19 +3097,19 @@ def check_aspect(request: ImageRequest, inspect: Callable[[str], InputFile]) -> 
         return
     picture, name = stored.upright, request.image[0]
     sizes = (model_family(request.model) or MODEL_FAMILIES[0]).sizes
-    nearest, edges = nearest_size(picture, sizes), edges_of(request.size)
+    nearest, edges = nearest_size(picture.edges, sizes), edges_of(request.size)
     asked = edges_of(nearest)
     usual = filter(None, map(edges_of, OLD_SIZES))  # what auto often comes to
     hint = f"{flag('size')} match asks for {nearest}"
-    if asked and not fit(*asked, picture):
+    if asked and not fit(asked, picture.edges):
         model = " or take a model with free sizes" if sizes else ""
         hint = f"no size of {request.model} has it, crop the input{model}"
         edges = edges or asked  # auto would not fit either
     other = f"has another aspect than {name} ({picture.size}); {hint}"
-    if edges and request.keep_unmasked and not fit(*edges, picture):
+    if edges and request.keep_unmasked and not fit(edges, picture.edges):
         yield f"keep_unmasked: size {request.size} {other}"
     elif request.size == "auto" and (
-        request.keep_unmasked or not any(fit(*e, picture) for e in usual)
+        request.keep_unmasked or not any(fit(each, picture.edges) for each in usual)
     ):
         lost = ", and there is no kept picture then" if request.keep_unmasked else ""
         yield Notice(
@@ -4426,9 +4427,9 @@ def encoded_in(item: object) -> str | bytes | None:
     )
 
 
-def strings_in(value: object, key: str = "") -> Iterator[tuple[str, str]]:
+def strings_in(parsed: object) -> Iterator[tuple[str, str]]:
     """Yield the strings of a value of JSON and their keys, but for what repeats the request."""
-    left = [(key, value)]
+    left = [("", parsed)]
     while left:
         key, value = left.pop()
         if isinstance(value, dict):
@@ -4737,7 +4738,7 @@ def keep_unmasked(original: Saved, request: ImageRequest) -> bytes:
     orientation, own = orientation_of(path), orientation_of(mask)
     with Image.open(path) as stored, Image.open(original.path) as answer:
         source = upright(stored, orientation)
-        if not fit(*answer.size, Picture("", *source.size, alpha=False, whole=True)):
+        if not fit(answer.size, source.size):
             sizes = "the answer is {}x{}, the input {}x{}".format(*answer.size, *source.size)
             message = f"no kept picture of {original.path} ({sizes}); the answer is there"
             raise JobError(Failure("keep", message))
@@ -5177,6 +5178,12 @@ def note_on(job: Job, delivery: Delivery, manifest: Manifest | None) -> Note | N
     return Note(manifest, entry._replace(request_id=delivery.request_id))
 
 
+def is_left_behind(path: str) -> bool:
+    """Tell whether a temporary file can be that of an image: no link, pipe, or giant."""
+    found = os.lstat(path)
+    return stat.S_ISREG(found.st_mode) and found.st_size <= MAX_ANSWER_BYTES
+
+
 def take_up_images(jobs: Iterable[Job], manifest: Manifest) -> Iterator[str]:
     """Name images whose run was killed before the manifest knew of them. Raises OSError.
 
@@ -5188,13 +5195,13 @@ def take_up_images(jobs: Iterable[Job], manifest: Manifest) -> Iterator[str]:
         made_from.setdefault(job.digest, []).append(job)
     for name in sorted(os.listdir(manifest.folder or ".")):
         path, found = os.path.join(manifest.folder, name), re.fullmatch(TEMPORARY_NAME, name)
-        if not found or not found[2] or name in known or not is_left_behind(path):
+        if not found or not found[3] or name in known or not is_left_behind(path):
             continue
         with open(path, "rb") as file:
             content = file.read()
-        picture, digest = probe(io.BytesIO(content)), f"{DIGEST_VERSION}-{found[2]}"
+        picture, digest = probe(io.BytesIO(content)), f"{DIGEST_VERSION}-{found[3]}"
         suffix = picture.format if picture else "image"
-        rescued = os.path.join(manifest.folder, f"image_gen-rescued-{name[11:23]}.{suffix}")
+        rescued = os.path.join(manifest.folder, f"image_gen-rescued-{found[2]}.{suffix}")
         own = made_from.get(digest, [])
         planned = [output.planned for job in own for output in job.outputs] or [rescued]
         names: Iterator[str] = chain(planned, free_names(planned[0]))
@@ -5206,12 +5213,6 @@ def take_up_images(jobs: Iterable[Job], manifest: Manifest) -> Iterator[str]:
             kept = settle(path, names, note=note.about(content) if whole else None)
             yield f"an image of a run that was killed is now {kept}"
         remove_files([path])
-
-
-def is_left_behind(path: str) -> bool:
-    """Tell whether a temporary file can be that of an image: no link, pipe, or giant."""
-    found = os.lstat(path)
-    return stat.S_ISREG(found.st_mode) and found.st_size <= MAX_ANSWER_BYTES
 
 
 def save_answer(
@@ -6812,8 +6813,9 @@ def read_result(file: Spool) -> Result:
     body, status = response.get("body"), response.get("status_code")
     sent = Delivery(attempts=1, request_id=str(response.get("request_id") or "") or None)
     number = status if isinstance(status, int) else 200
-    answer = answer_of(body, functools.partial(images_in, body), file.read)
-    if number >= 300:  # bytes of an image where one is expected count, whatever the status is
+    if number < 300:
+        answer = answer_of(body, functools.partial(images_in, body), file.read)
+    else:  # bytes of an image where one is expected count, whatever the status is
         answer = answer_of(mapping(body), list, file.read)
         answer.items[:] = [item for item in answer.items if not is_address(encoded_in(item))]
     if not answer.items and status != 200:
@@ -7028,11 +7030,11 @@ class BatchClient:
                 if stops:
                     return
 
-    async def find_file(self, file_id: str) -> StoredFile | None:
+    async def find_file(self, file_id: str, gives_up_on: Container[str] = ()) -> StoredFile | None:
         """Ask for an uploaded file; None if the API does not know it."""
-        retrieve = self.api.files.with_raw_response.retrieve
+        retrieve = functools.partial(self.api.files.with_raw_response.retrieve, file_id)
         try:
-            return await self.call(functools.partial(retrieve, file_id), StoredFile.read)
+            return await self.call(retrieve, StoredFile.read, gives_up_on)
         except JobError as error:
             if is_unknown(error):
                 return None
@@ -7254,14 +7256,7 @@ class BatchClient:
         """Tell whether a batch has its input file: whoever has collected it deletes that (tidy)."""
         if not batch.input_file:
             return False
-        retrieve = functools.partial(self.api.files.with_raw_response.retrieve, batch.input_file)
-        try:
-            await self.call(retrieve, StoredFile.read, gives_up_on=("batch_api",))
-        except JobError as error:
-            if is_unknown(error):
-                return False
-            raise
-        return True
+        return await self.find_file(batch.input_file, gives_up_on=("batch_api",)) is not None
 
     def refuse_beside(self, batch: Batch, *, same: bool) -> NoReturn:
         """Refuse to submit what another batch may be doing already."""

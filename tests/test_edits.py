@@ -696,13 +696,13 @@ def test_whatever_the_input_a_match_is_legal_and_of_its_aspect(
     run: Run, width: int, height: int
 ) -> None:
     seen = image_gen.Picture("png", width, height, alpha=False, whole=True)
-    size = image_gen.nearest_size(seen, ())
+    size = image_gen.nearest_size(seen.edges, ())
     assert run("generate", "--prompt", "x", "--size", size, "--dry-run").exit_code == 0
     ratio = max(width, height) / min(width, height)
     if ratio <= 3:
         edges = image_gen.edges_of(size)
         assert edges is not None
-        assert image_gen.fit(*edges, seen)
+        assert image_gen.fit(edges, seen.edges)
 
 
 @pytest.mark.parametrize(
