@@ -2953,7 +2953,7 @@ def check_request(job: Job, options: RunOptions) -> Iterator[str]:
     yield from check_model(request)
     promised, wanted = name_format(job.name), request.output_format
     stem, suffix = os.path.splitext(job.name or "")
-    if suffix.lower() in UNMADE_SUFFIXES:
+    if suffix.lower() in UNMADE_SUFFIXES and wanted in FORMATS:
         yield f"the name {job.name}: no {suffix} is made; call it {stem}.{wanted}, and convert that"
     if promised not in (None, wanted) and wanted in FORMATS:
         yield (
